@@ -1,0 +1,112 @@
+"""
+Settings from files and from the command line. They are plain lowercase globals at the top of a script:
+
+    # training
+    batch_size = 12   # sequences in a micro-batch
+    compile = 'auto'  # True, False, or 'auto': where a compiler works
+    config = configure(globals())  # {'batch_size': 12, 'compile': 'auto'}
+
+    $ python train.py config/gpt2.py --batch_size=32 --compile=False
+
+Files and settings apply in order, the last wins. A file is Python that assigns settings; it sees those made so
+far, and may import, define functions, and keep helpers of its own in names that begin with an underscore.
+"""
+import ast
+import difflib
+import os
+import runpy
+import shutil
+import sys
+import textwrap
+import tokenize
+import traceback
+
+BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
+TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'}
+
+def configure(script):
+    """Override the settings among `script`, a script's globals(), by sys.argv[1:]; returns {name: value}.
+
+    A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
+    True or False for the string 'auto'. What is wrong ends in one line on stderr and exit status 2.
+    """
+    defaults = {k: script[k] for k in assignments(script['__file__']) if is_setting(k, script.get(k))}
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        sys.exit(print_help(script, defaults))
+    config = dict(defaults)
+    for arg in sys.argv[1:]:
+        key, equals, text = arg.removeprefix('--').partition('=')
+        if arg.startswith('--'):
+            config[key] = checked(arg, key, parse(text, defaults.get(key)) if equals else True, defaults)
+        elif arg.endswith('.py'):
+            config.update(run_file(arg, config, defaults))
+        else:
+            fail(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
+    script.update(config)
+    return config
+
+def is_setting(name, value):
+    return name.islower() and name[0] != '_' and type(value) in TYPES
+
+def assignments(file):
+    """{name: node} of what the top level of a Python file assigns, in order."""
+    with tokenize.open(file) as f:
+        nodes = [node for node in ast.parse(f.read()).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return {name.id: node for node in nodes for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+
+def parse(text, default):
+    """The value that `text` spells for a setting with this default, or `text` itself where it spells none."""
+    if type(default) is bool or default == 'auto':
+        return BOOLS.get(text, text)
+    try:
+        return type(default)(text)
+    except (TypeError, ValueError):
+        return text
+
+def checked(where, key, value, defaults):
+    """`value`, if `key` is known and the type right; `where` begins the message otherwise."""
+    if key not in defaults:
+        near = ' or '.join(difflib.get_close_matches(key, defaults))
+        fail(f'{where}: unknown setting {key}; {f"did you mean {near}?" if near else "--help lists them all"}')
+    kind = type(defaults[key])
+    if type(value) is int and kind is float:
+        return float(value)
+    if type(value) is not kind and not (type(value) is bool and defaults[key] == 'auto'):
+        fail(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r})')
+    return value
+
+def run_file(file, config, defaults):
+    """The settings that the Python file `file` makes of `config`: {name: value}."""
+    if not os.path.isfile(file):
+        fail(f'{file}: no such file')
+    try:
+        result = runpy.run_path(file, init_globals=config)
+        lines = {name: node.lineno for name, node in assignments(file).items()}
+    except Exception as error:  # whatever the user's code raises; a SyntaxError has no frame in the file
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = [getattr(error, 'lineno', 1), *frames][-1]
+        fail(f'{file}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
+    return {k: checked(f'{file}:{lines.get(k, 1)}', k, value, defaults) for k, value in result.items()
+            if k in defaults or (k in lines and is_setting(k, value))}
+
+def fail(message):
+    print(' '.join(message.split()), file=sys.stderr)  # an exception's text may have several lines
+    sys.exit(2)
+
+def print_help(script, defaults):
+    """Print the script's docstring, then each setting under the comment lines that stand right above it."""
+    with tokenize.open(script['__file__']) as f:
+        comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
+    print((script['__doc__'] or '').strip(), f'\n\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    indent = max((len(f'  --{k}={v!r}  ') for k, v in defaults.items()), default=0)
+    for name, node in assignments(script['__file__']).items():
+        if name in defaults:
+            above, line = [], node.lineno - 1
+            while (line, 0) in comments:
+                above, line = [comments[line, 0].strip('#- '), *above], line - 1
+            if above:
+                print('', *filter(None, above), sep='\n')
+            beside = ' '.join(c.lstrip('# ') for (i, _), c in comments.items() if node.lineno <= i <= node.end_lineno)
+            print(textwrap.fill(f'  --{name}={defaults[name]!r}'.ljust(indent) + beside, subsequent_indent=' ' * indent,
+                                width=max(shutil.get_terminal_size().columns, indent + 30)))
