@@ -1,0 +1,1 @@
+"""What reads and writes the dataset format; one folder a dataset."""
