@@ -1,0 +1,99 @@
+"""
+Tokenizers by name: text to token ids and back. There are two:
+
+    gpt2   GPT-2's byte pair encoding, 50,257 ids (tiktoken fetches its vocabulary once)
+    bytes  a text's UTF-8 bytes and one end-of-text id, 257 ids, nothing to fetch
+
+    tokenizer = get_tokenizer('gpt2')
+    tokenizer.encode('Hello world')  # array([15496, 995], dtype=uint16)
+
+A further tokenizer is a class with the same members and a row in TOKENIZERS.
+"""
+import functools
+import sys
+
+import numpy as np
+
+END_OF_TEXT = '<|endoftext|>'  # how the end-of-text id is written; the same characters in a text are only text
+
+
+class GPT2:
+    name, vocab_size, eot, dtype = 'gpt2', 50257, 50256, np.uint16
+
+    def __init__(self):
+        import tiktoken  # here, because nobody needs it for bytes
+        try:
+            self.bpe = tiktoken.get_encoding('gpt2')
+        except Exception as error:  # requests' errors, or tiktoken's ValueError for a damaged download
+            sys.exit(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): go online once, "
+                     'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes')
+
+    def encode(self, text):
+        """The ids of `text`, (n,) uint16. It holds no special tokens: '<|endoftext|>' in it is ordinary text."""
+        return self.bpe.encode_to_numpy(valid(text), disallowed_special=()).astype(self.dtype)
+
+    def encode_documents(self, texts):
+        """The ids of many texts, each preceded by the end-of-text id, (n,) uint16.
+
+        One call into tiktoken for all of them, which runs without Python's lock, so that threads use all cores.
+        """
+        joined = valid(END_OF_TEXT + END_OF_TEXT.join(texts))
+        if joined.count(END_OF_TEXT) != len(texts):  # a text holds these characters itself: one by one
+            return one_by_one(self, texts)
+        return self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(self.dtype)
+
+    def decode_bytes(self, ids):
+        return self.bpe.decode_bytes(plain(ids))
+
+    def decode(self, ids):
+        """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+
+class Bytes:
+    name, vocab_size, eot, dtype = 'bytes', 257, 256, np.uint16
+
+    def encode(self, text):
+        """The UTF-8 bytes of `text`, (n,) uint16."""
+        return np.frombuffer(valid(text).encode(), np.uint8).astype(self.dtype)
+
+    def encode_documents(self, texts):
+        """The bytes of many texts, each preceded by the end-of-text id, (n,) uint16."""
+        return one_by_one(self, texts)
+
+    def decode_bytes(self, ids):
+        return b''.join(END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in plain(ids))
+
+    def decode(self, ids):
+        """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+
+TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (GPT2, Bytes)}
+
+
+@functools.cache
+def get_tokenizer(name):
+    """The tokenizer of that name: .name, .vocab_size, .eot, .dtype, .encode, .encode_documents, .decode."""
+    if name not in TOKENIZERS:
+        sys.exit(f"no tokenizer is called '{name}': there are {' and '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
+
+
+def one_by_one(tokenizer, texts):
+    eot = np.array([tokenizer.eot], tokenizer.dtype)
+    return np.concatenate([part for text in texts for part in (eot, tokenizer.encode(text))] or [eot[:0]])
+
+
+def plain(ids):
+    """A list of Python ints, of a list, array or tensor of ids."""
+    return ids.tolist() if hasattr(ids, 'tolist') else [int(i) for i in ids]
+
+
+def valid(text):
+    """`text` itself, or with U+FFFD for lone surrogates, which JSON can spell and UTF-8 can't."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
