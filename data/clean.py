@@ -1,0 +1,2 @@
+"""Cleaning."""
+KEYS = {}

@@ -1,0 +1,48 @@
+"""
+The Python standard library that runs this: real text, on every machine, with nothing to download.
+
+    python data/stdlib/prepare.py
+
+Each .py file is a document: code, comments and documentation. Every twentieth is held out for validation.
+"""
+import platform
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the repository's root
+from configurator import configure
+from data.prepare import corpus_of, prepare
+
+tokenizer = 'bytes'         # or gpt2
+out_dir = ''                # folder for the shards; empty is this script's
+shard_size = 100_000_000    # tokens in a shard
+num_proc = 0                # workers; 0 is one a core
+configure(globals())
+
+SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test',  # not the library itself
+        'encodings', 'pydoc_data'}                                                      # tables, more than text
+
+
+def read(path):
+    """The file's text, or None: some are there to be unreadable."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
+root = Path(sysconfig.get_path('stdlib'))
+files = sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py')
+               if not SKIP & set(path.relative_to(root).parts))
+if not files:
+    sys.exit(f'{root} has no .py files: this Python comes without its source')
+held_out = files[::20]
+prepare(out_dir or Path(__file__).parent,
+        train=corpus_of(lambda: (read(root / file) for file in files if file not in set(held_out))),
+        val=corpus_of(lambda: (read(root / file) for file in held_out)),
+        tokenizer=tokenizer, shard_size=shard_size, num_proc=num_proc,
+        source={'dataset': "Python's standard library", 'version': platform.python_version(),
+                'files': {file: (root / file).stat().st_size for file in files}})
