@@ -1,197 +1,213 @@
 """
 The order in which training reads tokens.
 
-A split is cut into blocks of `block_size` tokens. Each epoch is a permutation of all of them that follows from the
-seed and the epoch's number, so the order is the same for any number of processes, costs no memory, and a position
-in it is one integer: the blocks drawn so far. A mixture draws each block from one of several datasets, each of
-which keeps its own position.
+A split is cut into blocks of `block_size` tokens. An epoch is a permutation of them all that follows from the seed
+and the epoch's number: the same for any number of processes, computed where it is needed, held nowhere. A position
+in that endless order is one integer, the blocks drawn so far. A mixture draws each block from one of several
+datasets, and each of them keeps its own position.
+
+    loader = Loader('fineweb_edu_10B:0.7,code:0.3', 'train', batch_size=16, block_size=1024)
+    x, y = loader.next_batch()
 """
 import functools
 import math
+import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.dataset import Split
 
-AHEAD = 2       # batches prepared while the model is busy with another
-ROUNDS = 6      # of the permutation's Feistel network
-
-
-def hash64(x, key):
-    """uint64 array -> uint64 array that looks random: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
-    x = x + key
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@functools.lru_cache(maxsize=64)
-def round_keys(seed, stream):
-    return np.random.SeedSequence([seed % 2**64, stream]).generate_state(ROUNDS, np.uint64)
-
-
-def permute(index, n, seed, epoch):
-    """
-    Where a permutation of range(n), one for each (seed, epoch), takes each of index (uint64 array), without ever
-    holding the permutation: a Feistel network on pairs (i // b, i % b), which covers a few more numbers than n;
-    one that lands beyond n walks on until it doesn't (Black & Rogaway 2002, "Ciphers with arbitrary finite
-    domains").
-    """
-    a = math.isqrt(n - 1) + 1
-    b = -(-n // a)
-    high, low = index // b, index % b
-    for r, key in enumerate(round_keys(seed, epoch)):
-        if r % 2:
-            high = (high + hash64(low, key)) % a
-        else:
-            low = (low + hash64(high, key)) % b
-    index = high * b + low
-    beyond = index >= n
-    if beyond.any():
-        index[beyond] = permute(index[beyond], n, seed, epoch)
-    return index
-
-
-def parse_mixture(dataset):
-    """'a:0.7,b:0.3' -> {'a': 0.7, 'b': 0.3}; one dataset alone has the weight 1."""
-    mixture = {}
-    for item in str(dataset).split(','):
-        name, colon, weight = item.strip().rpartition(':')
-        if not colon and ',' not in str(dataset):
-            return {str(dataset): 1.0}
-        try:
-            weight = float(weight)
-        except ValueError:
-            weight = 0.0
-        if not (name and 0 < weight < math.inf):
-            sys.exit(f"dataset '{dataset}': {item.strip()!r} should be a name and a positive weight, as in a:0.7,b:0.3")
-        if name in mixture:
-            sys.exit(f"dataset '{dataset}': {name} stands there twice")
-        mixture[name] = weight
-    return {name: weight / sum(mixture.values()) for name, weight in mixture.items()}
+AHEAD = 4       # batches made at once while the model is busy with the last ones
+ROUNDS = 6      # of the permutation's Feistel network; with fewer, the orders of three blocks are not equally likely
 
 
 class Loader:
     """
-    Batches of a split of a dataset, or of a mixture of them ('a:0.7,b:0.3').
+    Batches of a split of a dataset, or of a mixture ('a:0.7,b:0.3').
 
     Micro-batch m of the whole job holds the blocks [m * world_size * batch_size, (m + 1) * world_size * batch_size)
-    of the order; process `rank` takes the rank-th part of them. Attributes: tokenizer (name), vocab_size, eot.
+    of the order, and process `rank` takes the rank-th part of them: the job reads the same whatever its number of
+    processes. Attributes: tokenizer (its name), vocab_size, eot.
     """
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
                  device='cpu'):
         mixture = parse_mixture(dataset)
-        self.names, self.weights = list(mixture), list(mixture.values())
-        self.splits = [Split(name, split) for name in self.names]
-        self.split, self.batch_size, self.block_size = split, batch_size, block_size
-        self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
-        self.device = torch.device(device)
-        if self.device.type == 'cuda' and self.device.index is None:    # a new thread would take 0 for 'cuda'
-            self.device = torch.device('cuda', torch.cuda.current_device())
-        for name, s in zip(self.names, self.splits):
-            if s.tokenizer != self.splits[0].tokenizer:
-                sys.exit(f'{self.names[0]} has the tokenizer {self.splits[0].tokenizer}, {name} has {s.tokenizer}: '
-                         f'a mixture needs the same')
-            if s.n_tokens <= block_size:
-                sys.exit(f'the {split} split of {name} has {s.n_tokens:,} tokens, less than one block of {block_size:,} '
-                         f'and the token after it: take a smaller block_size or more text')
+        self.splits = [Split(name, split) for name in mixture]
+        self.names, self.weights = short_names(dataset, list(mixture), self.splits), list(mixture.values())
         self.tokenizer, self.vocab_size, self.eot = (
             self.splits[0].tokenizer, self.splits[0].vocab_size, self.splits[0].eot)
-        self.n_blocks = [(s.n_tokens - 1) // block_size for s in self.splits]
-        self.drawn = [0] * len(self.names)      # blocks the whole job was given, by dataset: the position
-        self.planned = list(self.drawn)         # the same, with the batches prepared ahead
-        self.ahead, self.thread = deque(), ThreadPoolExecutor(1)
-
-    @property
-    def parts(self):
-        """[(name, weight, Loader)] of the datasets of the mixture, to evaluate each by itself."""
-        if len(self.names) == 1:
-            return [(self.names[0], 1.0, self)]
-        return [(name, weight, Loader(name, self.split, self.batch_size, self.block_size, self.rank, self.world_size,
-                                      self.seed, self.shuffle, self.device))
-                for name, weight in zip(self.names, self.weights)]
+        for data in self.splits:
+            if data.tokenizer != self.tokenizer:
+                sys.exit(f'{self.splits[0].folder} has the tokenizer {self.tokenizer} and {data.folder} has '
+                         f'{data.tokenizer}: a mixture needs one tokenizer')
+            if data.n_tokens <= block_size:
+                sys.exit(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block of '
+                         f'block_size={block_size} and the token that follows it')
+        self.batch_size, self.block_size, self.rank, self.world_size = batch_size, block_size, rank, world_size
+        self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
+        if self.device.type == 'cuda' and self.device.index is None:    # to a new thread 'cuda' would mean the first
+            self.device = torch.device('cuda', torch.cuda.current_device())
+        self.parts = [(self.names[0], 1.0, self)]       # to evaluate each dataset by itself
+        if len(mixture) > 1:
+            self.parts = [(name, weight, Loader(item, split, batch_size, block_size, rank, world_size, seed, shuffle,
+                                                device))
+                          for name, weight, item in zip(self.names, self.weights, mixture)]
+        self.n_blocks = [(data.n_tokens - 1) // block_size for data in self.splits]
+        self.drawn = [0] * len(mixture)         # blocks of each dataset that the whole job was given: the position
+        self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
 
     def next_batch(self):
-        """x, y: (B, T) int64 on the device, y one token further than x."""
-        while len(self.ahead) <= AHEAD:
-            plan = self.plan()
-            self.ahead.append((self.thread.submit(self.fetch, plan), list(self.planned)))
-        batch, drawn = self.ahead.popleft()
-        x, y = batch.result()
-        self.drawn = drawn
+        """x, y: (B, T) int64 on the device; y is what follows each token of x."""
+        if not self.ready:
+            self.coming = self.coming or self.thread.submit(self.fetch, self.drawn)
+            self.ready.extend(self.coming.result())
+            self.coming = self.thread.submit(self.fetch, self.ready[-1][2])
+        x, y, self.drawn = self.ready.popleft()
         return x, y
 
-    def plan(self):
-        """The next micro-batch of this process: [(dataset, its rows in the batch, their places in the order)]."""
-        B, total = self.batch_size, self.batch_size * self.world_size
-        mine = slice(self.rank * B, (self.rank + 1) * B)
-        first = np.uint64(sum(self.planned))
-        chance = hash64(np.arange(total, dtype=np.uint64) + first, round_keys(self.seed, 0)[0]) / 2.0**64
-        choice = np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
-        plan = []
-        for k in range(len(self.names)):
-            places = self.planned[k] + np.cumsum(choice == k) - 1
-            rows = np.flatnonzero(choice[mine] == k)
-            plan.append((k, rows, places[mine][rows]))
-            self.planned[k] += int((choice == k).sum())
-        return plan
+    def fetch(self, drawn):
+        """The AHEAD batches that follow this position: [(x, y, the position behind them)]."""
+        W, B, T = self.world_size, self.batch_size, self.block_size
+        choice = self.choose(sum(drawn), AHEAD * W * B)
+        mine = choice.reshape(AHEAD, W, B)[:, self.rank]        # (AHEAD, B): the dataset of each of our blocks
+        ids = np.empty((AHEAD, B, T + 1), np.result_type(*(data.dtype for data in self.splits)))
+        after = np.empty((AHEAD, len(drawn)), np.int64)
+        for k in range(len(drawn)):
+            count = drawn[k] + np.cumsum(choice == k)
+            places = count.reshape(AHEAD, W, B)[:, self.rank] - 1
+            ids[mine == k] = self.blocks(k, places[mine == k])
+            after[:, k] = count[W * B - 1::W * B]
+        return [(*self.to_device(ids[m]), after[m].tolist()) for m in range(AHEAD)]
 
-    def fetch(self, plan):
-        if self.device.type == 'cuda':
-            torch.cuda.set_device(self.device)
-        ids = np.empty((self.batch_size, self.block_size + 1), np.int64)
-        for k, rows, places in plan:
-            ids[rows] = self.blocks(k, places)
-        return self.to_device(ids)
+    def choose(self, first, count):
+        """(count,) int64: the dataset that each of these blocks of the whole order comes from."""
+        if len(self.weights) == 1:
+            return np.zeros(count, np.int64)
+        chance = hash64(np.arange(first, first + count, dtype=np.uint64), stream_keys(self.seed, 'mixture')[0]) / 2**64
+        return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
 
     def blocks(self, k, places):
-        """(len(places), T + 1) ids: the blocks at these places of the endless order of dataset k."""
-        n = self.n_blocks[k]
-        epochs, index = places // n, (places % n).astype(np.uint64)
+        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+        epochs, blocks = np.divmod(places, self.n_blocks[k])
         if self.shuffle:
-            for epoch in np.unique(epochs).tolist():
-                index[epochs == epoch] = permute(index[epochs == epoch], n, self.seed, epoch)
-        return self.splits[k].read(index.astype(np.int64) * self.block_size, self.block_size + 1)
+            for epoch in set(epochs.tolist()):
+                now = epochs == epoch
+                blocks[now] = permute(blocks[now], self.n_blocks[k], stream_keys(self.seed, epoch))
+        return self.splits[k].read(blocks * self.block_size, self.block_size + 1)
 
     def to_device(self, ids):
-        batch = torch.from_numpy(np.stack((ids[:, :-1], ids[:, 1:])))           # (2, B, T)
+        """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are there to be ignored (y = -1)."""
+        batch = np.empty((2, self.batch_size, self.block_size), np.int64)
+        batch[0, :len(ids)], batch[1, :len(ids)] = ids[:, :-1], ids[:, 1:]
+        batch[0, len(ids):], batch[1, len(ids):] = 0, -1
+        batch = torch.from_numpy(batch)
         if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)  # this thread's, whose pinned memory would be the first one's
             batch = batch.pin_memory()
         x, y = batch.to(self.device, non_blocking=True)
         return x, y
 
     def eval_batches(self, n_batches):
         """
-        The first n_batches * B blocks of the split (all of them if it has fewer) in sequence, the same at every
-        call, shared among the processes: every process gets the same number of x, y: (B, T), and the rows that
-        it has no block for have y = -1.
+        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each call,
+        shared among the processes. Every process gets the same number of x, y: (B, T); a row without a block has
+        y = -1. A mixture is evaluated one of its `parts` at a time.
         """
-        assert len(self.splits) == 1, 'a mixture is evaluated part by part: see parts'
+        assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
         total = min(n_batches * B, self.n_blocks[0])
-        for first in range(self.rank * B, total + self.rank * B, B * self.world_size):
-            starts = np.arange(first, max(first, min(first + B, total))) * T
-            ids = np.full((B, T + 1), -1, np.int64)
-            ids[:len(starts)] = self.splits[0].read(starts, T + 1)
-            x, y = self.to_device(ids)
-            yield x.clamp(min=0), y
+        for first in range(0, total, B * self.world_size):
+            mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
+            yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))
 
     def stats(self):
-        """{name: {'share': of the blocks drawn so far, 'epochs': of this dataset}}"""
-        total = max(1, sum(self.drawn))
-        return {name: {'share': drawn / total, 'epochs': drawn / n}
+        """{name: {'share': of all blocks drawn so far, 'epochs': of this dataset}}"""
+        return {name: {'share': drawn / max(1, sum(self.drawn)), 'epochs': drawn / n}
                 for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
     def state_dict(self):
-        return {'drawn': dict(zip(self.names, self.drawn))}
+        """The position, in plain integers; batches made ahead don't count."""
+        order = {'seed': self.seed, 'shuffle': self.shuffle, 'block_size': self.block_size}
+        return {name: {'drawn': drawn, 'n_blocks': n, **order}
+                for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
     def load_state_dict(self, state):
-        self.drawn = [state['drawn'].get(name, 0) for name in self.names]
-        self.planned = list(self.drawn)
-        self.ahead.clear()
+        """Goes on at that position. A dataset that has another order now, or is new in the mixture, begins anew."""
+        self.ready, self.coming, self.drawn = deque(), None, [0] * len(self.names)
+        for k, (name, now) in enumerate(self.state_dict().items()):
+            then = state.get(name, now)
+            if {**then, 'drawn': 0} == now:
+                self.drawn[k] = then['drawn']
+            elif self.rank == 0:
+                changed = ', '.join(f'{key} was {then[key]}, is {now[key]}' for key in now
+                                    if key != 'drawn' and then[key] != now[key])
+                print(f'{name} is read in another order from here on, from its beginning: {changed}')
+
+
+def parse_mixture(dataset):
+    """'a:0.7,b:0.3' -> {'a': 0.7, 'b': 0.3}, with weights that sum to 1; 'a' -> {'a': 1}."""
+    mixture = {}
+    for item in dataset.split(','):
+        name, _, weight = item.strip().rpartition(':')
+        try:
+            weight = float(weight)
+        except ValueError:
+            if ',' not in dataset:
+                return {dataset: 1.0}           # a folder, whatever its name
+            weight = 0.0
+        if not name or not 0 < weight < math.inf:
+            sys.exit(f"dataset={dataset}: '{item.strip()}' should be a dataset and a positive weight, as in a:0.7,b:0.3")
+        if name in mixture:
+            sys.exit(f'dataset={dataset}: {name} is there twice')
+        mixture[name] = weight
+    return {name: weight / sum(mixture.values()) for name, weight in mixture.items()}
+
+
+def short_names(dataset, names, splits):
+    """The folders' names, which outlive a move to another place; what the user wrote if two are the same."""
+    if len({data.folder.resolve() for data in splits}) < len(splits):
+        sys.exit(f'dataset={dataset}: two of these are the same folder')
+    short = [os.path.basename(os.path.abspath(data.folder)) for data in splits]
+    return short if len(set(short)) == len(short) else names
+
+
+def permute(index, n, keys):
+    """
+    Where the permutation of range(n) that belongs to `keys` takes each of `index` (int64 array), without holding it.
+
+    A Feistel network on the pairs (i // b, i % b), a few more than n; what lands on n or beyond walks on until it
+    doesn't (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    high, low = np.divmod(index.astype(np.uint64), np.uint64(b))
+    for r, key in enumerate(keys):
+        if r % 2:
+            high = (high + hash64(low, key)) % np.uint64(a)
+        else:
+            low = (low + hash64(high, key)) % np.uint64(b)
+    out = (high * np.uint64(b) + low).astype(np.int64)
+    beyond = out >= n
+    if beyond.any():
+        out[beyond] = permute(out[beyond], n, keys)
+    return out
+
+
+def hash64(x, key):
+    """uint64 -> uint64 that look random: the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    x = x + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@functools.lru_cache(64)
+def stream_keys(seed, stream):
+    """ROUNDS random uint64 for an epoch, or for 'mixture'."""
+    stream = [0] if stream == 'mixture' else [1, stream]
+    return np.random.SeedSequence([seed % 2**64, *stream]).generate_state(ROUNDS, np.uint64)
