@@ -1,0 +1,363 @@
+"""
+The GPT: its configuration, its layers, its loss, its weights in and out, and how it writes.
+
+With the defaults it is GPT-2 exactly ("Language Models are Unsupervised Multitask Learners", Radford et
+al. 2019), with the parameter names that GPT-2 has in Hugging Face's transformers. The other fields of
+GPTConfig turn it, one line at a time, into what has been learned since.
+
+Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head size, V vocabulary, L layers.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import huggingface
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257  # the ids that the tokenizer has; the weights have a few rows more (padded_vocab_size)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+    # what GPT-2 did not have
+    n_kv_head: int = 0  # heads for keys and values; fewer than n_head is grouped-query attention; 0 is n_head
+    position: str = 'learned'  # or 'rope': rotary positions (Su et al. 2021, arXiv:2104.09864)
+    rope_theta: float = 10000.0  # the base of RoPE's wavelengths
+    norm: str = 'layernorm'  # or 'rmsnorm' (Zhang & Sennrich 2019, arXiv:1910.07467)
+    norm_eps: float = 1e-5
+    qk_norm: bool = False  # RMSNorm on queries and keys, head by head (Dehghani et al. 2023, arXiv:2302.05442)
+    mlp: str = 'gelu'  # or 'relu2' (So et al. 2021, arXiv:2109.08668) or 'swiglu' (Shazeer 2020, arXiv:2002.05202)
+    n_mlp: int = 0  # width of the MLP; 0 is 4 * n_embd
+    tie_embeddings: bool = True  # the head uses the token embedding's weights
+    zero_init: bool = False  # the projections back into the residual stream and an untied head start at zero
+    softcap: float = 0.0  # logits are squeezed into ±softcap by a tanh (Gemma 2, arXiv:2408.00118); 0 is off
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_mlp = self.n_mlp or 4 * self.n_embd
+        for field, known in dict(position=('learned', 'rope'), norm=('layernorm', 'rmsnorm'),
+                                 mlp=('gelu', 'relu2', 'swiglu')).items():
+            if getattr(self, field) not in known:
+                raise ValueError(f'{field}={getattr(self, field)!r} is not one of {", ".join(known)}')
+        for field in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, field) < 1:
+                raise ValueError(f'{field}={getattr(self, field)} must be at least 1')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
+        if self.position == 'rope' and self.head_size % 2:
+            raise ValueError(f'RoPE needs an even head size, and n_embd / n_head is {self.head_size}')
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self):
+        """Matrix units like multiples of 64: GPT-2's 50,257 become 50,304. The padding is never scored or sampled."""
+        return -(-self.vocab_size // 64) * 64
+
+
+def norm(config):
+    """The normalisation that config asks for, over the channels."""
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def rotate(x, rope):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: (B, H, T, D); rope: cos and sin, (…, T, D/2)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)  # float32: bfloat16 angles blur far positions
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        kv_size = config.n_kv_head * config.head_size
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_size, bias=config.bias)  # q, k, v in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        config, (B, T, C) = self.config, x.shape
+        q, k, v = self.c_attn(x).view(B, T, -1, config.head_size).transpose(1, 2).split(
+            (config.n_head, config.n_kv_head, config.n_kv_head), dim=1)  # (B, H, T, D) each
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, S, D), S = everything so far
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            dropout_p=config.dropout if self.training else 0.0,
+            enable_gqa=config.n_kv_head != config.n_head)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        self.c_fc = nn.Linear(config.n_embd, config.n_mlp * (2 if config.mlp == 'swiglu' else 1), bias=config.bias)
+        self.c_proj = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)  # (B, T, n_mlp), or the gate and the value side by side for SwiGLU
+        if self.kind == 'gelu':
+            x = F.gelu(x, approximate='tanh')  # the approximation that GPT-2 was trained with
+        elif self.kind == 'relu2':
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class LayerCache:
+    """One layer's keys and values of the tokens so far; both (B, H, block_size, D), filled up to `length`."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (batch_size, config.n_kv_head, config.block_size, config.head_size)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k, v):
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=norm(config),
+        ))
+        if config.position == 'learned':
+            self.transformer['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation: normal with standard deviation 0.02, 0.01 for positions, and the projections
+        back into the residual stream smaller by the root of their number, 2L (section 2.3 of the paper)."""
+        config = self.config
+        for name, p in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                p.normal_(0, 0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+            elif name == 'lm_head.weight':  # only listed when untied
+                p.normal_(0, 0 if config.zero_init else 0.02)
+            elif p.dim() >= 2:
+                p.normal_(0, 0.01 if 'wpe' in name else 0.02)
+            elif name.endswith('bias'):
+                p.zero_()
+            else:  # the gain of a normalisation
+                p.fill_(1)
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters, the vocabulary's padding not counted; nanoGPT's convention leaves out the
+        position embeddings (the token embeddings do the head's work, so they count)."""
+        n = sum(p.numel() for p in self.parameters())
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        n -= padding if self.config.tie_embeddings else 2 * padding
+        if non_embedding and self.config.position == 'learned':
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def flops_per_token(self):
+        """Training FLOPs a token: 6 for each weight that multiplies it, and attention's 12·L·C·T (PaLM,
+        arXiv:2204.02311, appendix B)."""
+        config = self.config
+        matrices = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        head = config.n_embd * config.vocab_size
+        return 6 * (matrices + head) + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def head(self, x):
+        """Logits (…, V) of hidden states x (…, C)."""
+        logits = self.lm_head(x)[..., :self.config.vocab_size]
+        if self.config.softcap:
+            logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
+        return logits
+
+    def forward(self, idx, targets=None, return_logits=True, positions=None, mask=None, cache=None,
+                reduction='mean'):
+        """Logits and loss of token ids idx (B, T) int64.
+
+        targets: (B, T) int64, the token that follows each one; -1 where it is not scored.
+        positions: (T,) or (B, T) int64, where each token stands; 0 … T-1 by default, after what cache holds.
+        mask: bool, broadcastable to (B, H, T, S), True where a token may look; by default at all before it.
+        cache: what new_cache() gives; it is extended by these T tokens.
+        reduction: 'mean', or 'none' for each token's own loss.
+
+        With targets: logits (B, T, V), or None unless return_logits; the mean loss in nats, a float32 scalar,
+        or (B, T) with reduction='none', 0 where nothing is scored. Without: the last position's logits (B, 1, V), None.
+        """
+        B, T = idx.shape
+        if positions is None:
+            start = cache[0].length if cache else 0
+            if start + T > self.config.block_size:
+                raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
+            positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
+        if self.config.position == 'learned':
+            x = x + self.transformer.wpe(positions)
+        else:
+            D = self.config.head_size
+            frequencies = self.config.rope_theta ** (-torch.arange(0, D, 2, device=idx.device) / D)  # (D/2,)
+            angles = (positions[..., None] * frequencies).unsqueeze(-3)  # (1, T, D/2) or (B, 1, T, D/2)
+            rope = angles.cos(), angles.sin()
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache[i] if cache else None)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.head(x[:, [-1]]), None
+        if reduction == 'none':
+            scored = targets != -1  # only these rows need the head, the dearest layer of a small model
+            loss = x.new_zeros(B, T, dtype=torch.float32)
+            loss[scored] = F.cross_entropy(self.head(x[scored]).float(), targets[scored], reduction='none')
+            return None, loss
+        logits = self.head(x)
+        loss = F.cross_entropy(logits.float().view(B * T, -1), targets.view(B * T), ignore_index=-1)
+        return logits if return_logits else None, loss
+
+    def new_cache(self, batch_size, dtype=None):
+        """An empty cache of keys and values for batch_size rows, for forward(cache=…)."""
+        weight = self.transformer.wte.weight
+        return [LayerCache(self.config, batch_size, weight.device, dtype or weight.dtype) for _ in self.transformer.h]
+
+    @torch.inference_mode()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+        """Yield max_new_tokens times the next token of each row, (B, 1) int64, given idx (B, T) int64.
+
+        temperature 0 takes the likeliest token; top_k and top_p as in next_token_probs. The keys and values of
+        earlier tokens are kept. Once the context is full the window slides: each token sees the block_size
+        before it, which must then be run anew for every token, since their positions have moved.
+        """
+        cache, new = None, idx
+        for _ in range(max_new_tokens):
+            if idx.size(1) > self.config.block_size:
+                logits, _ = self(idx[:, -self.config.block_size:])
+            else:
+                if cache is None:
+                    cache = self.new_cache(len(idx), dtype=self.cache_dtype())
+                logits, _ = self(new, cache=cache)
+            logits = logits[:, -1].float()  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)
+            else:
+                new = torch.multinomial(next_token_probs(logits, temperature, top_k, top_p), 1)
+            idx = torch.cat((idx, new), dim=1)
+            yield new
+
+    def cache_dtype(self):
+        """Keys and values are what the matrix products give: the autocast type inside autocast."""
+        device_type = self.transformer.wte.weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.transformer.wte.weight.dtype
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+        """idx (B, T) int64 continued by max_new_tokens tokens: (B, T + max_new_tokens). Arguments as in stream."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p)), dim=1)
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, for instance to finetune GPT-2 on shorter sequences than its 1,024."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size={block_size} is longer than the weights\' {self.config.block_size}')
+        self.config.block_size = block_size
+        if self.config.position == 'learned':
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """A GPT with the weights of a folder that transformers can read, or of a model on the Hugging Face hub:
+        'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M). overrides: GPTConfig
+        fields that change no weight, such as dropout."""
+        fields, state_dict = huggingface.load(name)
+        model = cls(GPTConfig(**fields | overrides))
+        model.load_state_dict(with_vocab_rows(state_dict, model.config.padded_vocab_size))
+        return model
+
+    def save_pretrained(self, folder, tokenizer='gpt2'):
+        """Write a folder that transformers.AutoModelForCausalLM.from_pretrained opens, float32."""
+        state_dict = with_vocab_rows(self.state_dict(), self.config.vocab_size)
+        huggingface.save(folder, asdict(self.config), state_dict, tokenizer)
+
+
+def with_vocab_rows(state_dict, rows):
+    """state_dict with its two (V, C) matrices padded with zeros, or cut, to that many rows."""
+    vocab = ('transformer.wte.weight', 'lm_head.weight')
+    return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in vocab else w for k, w in state_dict.items()}
+
+
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Probabilities (B, V) to draw from, of logits (B, V) float32.
+
+    temperature: divides the logits.
+    top_k: only the k likeliest tokens (Fan et al. 2018, arXiv:1805.04833).
+    top_p: only the likeliest tokens that together reach p (Holtzman et al. 2020, arXiv:1904.09751).
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, [-1]], -math.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(dim=-1) - ordered >= top_p] = 0  # what comes before it already reaches p
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        probs /= probs.sum(dim=-1, keepdim=True)
+    return probs
