@@ -36,6 +36,7 @@ class Loader:
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
                  device='cpu'):
+        self.arguments = split, batch_size, block_size, rank, world_size, seed, shuffle, device
         mixture = parse_mixture(dataset)
         self.splits = [Split(name, split) for name in mixture]
         self.names, self.weights = short_names(dataset, list(mixture), self.splits), list(mixture.values())
@@ -52,14 +53,17 @@ class Loader:
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         if self.device.type == 'cuda' and self.device.index is None:    # to a new thread 'cuda' would mean the first
             self.device = torch.device('cuda', torch.cuda.current_device())
-        self.parts = [(self.names[0], 1.0, self)]       # to evaluate each dataset by itself
-        if len(mixture) > 1:
-            self.parts = [(name, weight, Loader(item, split, batch_size, block_size, rank, world_size, seed, shuffle,
-                                                device))
-                          for name, weight, item in zip(self.names, self.weights, mixture)]
         self.n_blocks = [(data.n_tokens - 1) // block_size for data in self.splits]
         self.drawn = [0] * len(mixture)         # blocks of each dataset that the whole job was given: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
+
+    @functools.cached_property
+    def parts(self):
+        """[(name, weight, Loader)]: the datasets of the mixture one by one, to evaluate them."""
+        if len(self.names) == 1:
+            return [(self.names[0], 1.0, self)]
+        return [(name, weight, Loader(str(data.folder), *self.arguments))
+                for name, weight, data in zip(self.names, self.weights, self.splits)]
 
     def next_batch(self):
         """x, y: (B, T) int64 on the device; y is what follows each token of x."""
