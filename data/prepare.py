@@ -29,8 +29,8 @@ from tqdm import tqdm
 from data import clean as cleaning
 from data.tokenizer import get_tokenizer
 
-BATCH_CHARS = 1_000_000         # what a worker gets at a time
-CHARS_UNDER_WAY = 64_000_000    # what waits for the workers, and behind them for us: a bound on memory
+BATCH_CHARS = 1_000_000  # what a worker gets at a time
+CHARS_UNDER_WAY = 64_000_000  # what waits for the workers, and behind them for us: a bound on memory
 
 
 def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, shard_size=100_000_000,
@@ -46,6 +46,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     """
     if shard_size < 1 or max_tokens < 0 or num_proc < 0:
         sys.exit('shard_size must be at least 1, max_tokens and num_proc at least 0')
+    if dedup not in ('', *cleaning.KEYS):
+        sys.exit(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
     settings = {'tokenizer': get_tokenizer(tokenizer).name, 'shard_size': shard_size, 'max_tokens': max_tokens,
                 'clean': clean, 'dedup': dedup, **settings}
     corpora = {'val': val, 'train': train} if val else {'': train}
@@ -57,7 +59,7 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
             state = finish(out_dir, state)
     except KeyboardInterrupt:
         sys.exit(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
-    except OSError as error:    # a full disk, a network that went away
+    except OSError as error:  # a full disk, a network that went away
         sys.exit(f'{out_dir}: {error}; the same command goes on from the last whole shard')
     report(out_dir, state)
 
@@ -87,7 +89,7 @@ def write_shards(out_dir, corpora, state, num_proc, total):
             for (tokens, keys, counts), mark in in_order(pool, work, corpora[split](place['mark']), num_proc):
                 if seen:
                     tokens, counts['duplicate'] = seen.drop(tokens, shard.eot, keys, place['counts']['in'])
-                at = place['skip']      # after a restart: these are in the shards already
+                at = place['skip']  # after a restart: these are in the shards already
                 tokens = tokens[:at + max_tokens - written] if max_tokens else tokens
                 while at < len(tokens):
                     if shard.tokens == shard_size:
@@ -104,13 +106,14 @@ def write_shards(out_dir, corpora, state, num_proc, total):
                     bar.total = round(written / counts['in'] * total)
                 if written == max_tokens:
                     break
-            if split == '' and not shards:      # all of it fits into one shard: the first tenth is validation
+            one_shard = split == '' and not shards  # of which the first tenth is for validation
+            if shard.tokens < 1 + one_shard and not any(entry['file'].startswith(split or 'train') for entry in shards):
+                sys.exit(f'{out_dir}: too little text in {place["counts"]["in"]:,} documents')
+            if one_shard:
                 tokens = shard.take()
                 shard.write(tokens[:-(-len(tokens) // 10)])
                 close_shard('val')
                 shard.write(tokens[-(-len(tokens) // 10):])
-            if not shard.tokens and not any(entry['file'].startswith(split or 'train') for entry in shards):
-                sys.exit(f'{out_dir}: too little text for {split or "training"} in {place["counts"]["in"]:,} documents')
             if shard.tokens:
                 close_shard(split or 'train')
             place = {'split': order[order.index(split) + 1], 'mark': None, 'skip': 0, 'counts': place['counts']}
@@ -147,7 +150,7 @@ def workers(num_proc, processes):
 
 
 def die_with_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C goes to all; the parent answers for us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent answers for us
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -201,7 +204,7 @@ class Shard:
         self.file, self.tokens, self.documents = open(self.folder / 'shard.tmp', 'w+b'), 0, 0
         self.write_header()
 
-    def write_header(self):     # of the same length for any number: numpy leaves room for it to grow
+    def write_header(self):  # of the same length for any number: numpy leaves room for it to grow
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(
             self.file, {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.tokens,)})
@@ -259,6 +262,14 @@ def earlier(out_dir, source, settings):
     if gone:
         sys.exit(f'{out_dir / min(gone)} is missing, though it was made: delete {out_dir} to start again')
     return state
+
+
+def earlier_source(out_dir):
+    """The source of what is in the folder already, {} if there is nothing."""
+    for path in (Path(out_dir) / 'meta.json', Path(out_dir) / 'progress.json'):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(path.read_text())['source']
+    return {}
 
 
 def difference(old, new):

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare, 1.1 MB, a byte a token (which in this text is a character a token).
+Tiny Shakespeare, 1.1 MB, a byte a token: in this text, that is a character a token.
 
     python data/shakespeare_char/prepare.py
 
@@ -9,20 +9,17 @@ import hashlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the repository's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from configurator import configure
-from data.download import download, read_text
+from data.download import TINY_SHAKESPEARE, download, read_text
 from data.prepare import corpus_of, prepare
 
-input = ''              # a copy of the text, instead of the download
-tokenizer = 'bytes'     # or gpt2
-out_dir = ''            # folder for the shards; empty is this script's
+input = ''  # a copy of the text, instead of the download
+tokenizer = 'bytes'  # or 'gpt2'
+out_dir = ''  # the dataset's folder; empty: the one of this script
 configure(globals())
 
-URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-
-text = read_text(input or download(URL, str(Path(__file__).with_name('input.txt')), SHA256))
+text = read_text(input or download(*TINY_SHAKESPEARE, Path(__file__).with_name('input.txt')))
 cut = int(len(text) * 0.9)
 prepare(out_dir or Path(__file__).parent, train=corpus_of([text[:cut]]), val=corpus_of([text[cut:]]),
         tokenizer=tokenizer, num_proc=1,

@@ -11,18 +11,18 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))    # the repository's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from configurator import configure
 from data.prepare import corpus_of, prepare
 
-tokenizer = 'bytes'         # or gpt2
-out_dir = ''                # folder for the shards; empty is this script's
-shard_size = 100_000_000    # tokens in a shard
-num_proc = 0                # workers; 0 is one a core
+tokenizer = 'bytes'  # or 'gpt2'
+out_dir = ''  # the dataset's folder; empty: the one of this script
+shard_size = 100_000_000  # tokens
+num_proc = 0  # workers; 0: one a core
 configure(globals())
 
 SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test',  # not the library itself
-        'encodings', 'pydoc_data'}                                                      # tables, more than text
+        'encodings', 'pydoc_data'}  # tables, more than text
 
 
 def read(path):

@@ -1,0 +1,128 @@
+"""
+Your own text: documents out of json, jsonl, parquet, csv and text files, the latter whole or in pieces; each of them
+(but parquet, which compresses itself) also as .gz or .zst.
+
+A reader is a generator of (line, text) for one file; a line that cannot be read gives (line, Bad('why')), and a file
+that is not what it says raises. READERS lists them by the file's ending.
+"""
+import csv
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+
+import pyarrow
+import pyarrow.parquet
+
+from data.prepare import in_batches
+
+
+class Bad(str):
+    """Why a document could not be read, in the place of its text."""
+
+
+def find_files(patterns):
+    """The files that comma-separated glob patterns name, sorted. '**' goes through folders."""
+    files = set()
+    for pattern in patterns.split(','):
+        found = [path for path in glob.glob(pattern.strip(), recursive=True) if os.path.isfile(path)]
+        files |= set(found) or sys.exit(f"data_files: no file is named '{pattern}'"
+                                        + f', but a folder is: try {pattern}/*' * os.path.isdir(pattern))
+    return sorted(files)
+
+
+def corpus_of_files(files, text_key, txt_split, skip_bad):
+    """The corpus (see data/prepare.py) of all documents in `files`, one file after the other."""
+    def corpus(mark):
+        return in_batches(documents(**mark) if mark else documents())
+
+    def documents(file=0, document=0):
+        for i in range(file, len(files)):
+            for n, (line, text) in enumerate(read(files[i], text_key, txt_split)):
+                if isinstance(text, Bad):
+                    if not skip_bad:
+                        sys.exit(f'{files[i]}:{line}: {text} (--skip_bad skips such documents and counts them)')
+                    text = None
+                if i > file or n >= document:
+                    yield text, {'file': i, 'document': n + 1}
+    return corpus
+
+
+def read(path, text_key, txt_split):
+    """(line, text) for each document in a file; what is wrong with the file as a whole is one Bad more."""
+    name = path.lower().removesuffix('.gz').removesuffix('.zst')
+    reader, line = READERS.get(os.path.splitext(name)[1], read_text), 0
+    try:
+        with pyarrow.input_stream(path) as file:  # decompresses, by the file's ending
+            for line, text in reader(io.BufferedReader(file, 1 << 20), text_key, txt_split):
+                yield line, text
+    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+        yield line + 1, Bad(' '.join(str(error).split()))
+
+
+def read_json(file, text_key, _):
+    if file.peek(1)[:1] == b'[':  # one array of all documents
+        for i, row in enumerate(json.load(file), 1):
+            yield i, field(row, text_key)
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield number, field(json.loads(line), text_key)
+            except (ValueError, RecursionError) as error:
+                yield number, Bad(f'not JSON ({error})')
+
+
+def read_csv(file, text_key, _):
+    csv.field_size_limit(1 << 30)
+    rows = csv.DictReader(io.TextIOWrapper(file, 'utf-8-sig', newline=''), restkey='')
+    for row in rows:
+        too_many = '' in row and '' not in rows.fieldnames
+        yield rows.line_num, Bad('more fields than names in the first line') if too_many else field(row, text_key)
+
+
+def read_parquet(file, text_key, _):
+    table, row = pyarrow.parquet.ParquetFile(file), 0
+    if text_key not in table.schema_arrow.names:
+        yield 1, field(dict.fromkeys(table.schema_arrow.names), text_key)
+        return
+    for batch in table.iter_batches(256, columns=[text_key]):
+        for text in batch[0].to_pylist():
+            row += 1
+            yield row, field({text_key: text}, text_key)
+
+
+def read_text(file, _, txt_split):
+    if txt_split == 'file':
+        yield decode(file.read(), 1)
+        return
+    piece = []
+    for number, line in enumerate(itertools.chain(file, [b'']), 1):
+        if line.strip():
+            piece.append(line)
+        if piece and (txt_split == 'line' or not line.strip()):
+            first = number - len(piece) + (line.strip() != b'')
+            yield decode(b''.join(piece).rstrip(b'\r\n'), first)
+            piece = []
+
+
+def decode(text, line):
+    """(line, text) of UTF-8 bytes that begin on that line; (the line of the first wrong byte, Bad) if they are not."""
+    try:
+        return line, text.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        return line + text.count(b'\n', 0, error.start), Bad('not UTF-8 text')
+
+
+def field(row, key):
+    """row[key], if it is a text."""
+    if not isinstance(row, dict):
+        return Bad(f'not an object with the key {key}')
+    if key not in row:
+        return Bad(f"no '{key}' in it, but {', '.join(map(str, row))}: --text_key names the one to take")
+    return row[key] if isinstance(row[key], str) else Bad(f'{key} is of type {type(row[key]).__name__}, not a string')
+
+
+READERS = {'.json': read_json, '.jsonl': read_json, '.ndjson': read_json, '.csv': read_csv, '.parquet': read_parquet}
