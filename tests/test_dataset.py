@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,18 @@ def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
     before = len(os.listdir('/dev/fd'))
     check_reads(Split(str(tmp_path), 'train'), train)
     assert len(os.listdir('/dev/fd')) <= before + 3
+
+
+def test_threads_may_read_at_once(tmp_path, monkeypatch):
+    """As the training's thread and an evaluation do."""
+    train = ids(5000)
+    write_dataset(tmp_path, shard_size=500, train=train)
+    monkeypatch.setattr(dataset, 'OPENED', {})
+    monkeypatch.setattr(dataset, 'OPEN_FILES', 2)
+    split = Split(str(tmp_path), 'train')
+    with ThreadPoolExecutor(4) as threads:
+        for check in [threads.submit(check_reads, split, train) for _ in range(8)]:
+            check.result()
 
 
 def test_a_dataset_made_anew_in_the_same_place_is_read_anew(tmp_path):
