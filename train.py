@@ -1,0 +1,335 @@
+"""
+Train a GPT.
+
+One process:          python train.py config/quickstart.py
+Eight GPUs:           torchrun --nproc_per_node=8 train.py config/gpt2.py
+Go on after a stop:   the same command with --init_from=resume
+
+A setting is overridden by a file of assignments or by --name=value, the last one wins.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+
+import torch
+
+import checkpoint
+import hellaswag
+import parallel
+from configurator import configure
+from data.loader import Loader
+from data.tokenizer import get_tokenizer
+from device import autocast, peak_flops, pick_compile, pick_dtype, synchronize
+from model import GPT, GPTConfig
+from optimizers import configure_optimizers
+
+# -----------------------------------------------------------------------------
+# The defaults train GPT-2 (124M) on FineWeb-Edu
+# input and output
+out_dir = 'out'  # where checkpoints (ckpt.pt) and the log (log.jsonl) go
+init_from = 'scratch'  # or 'resume', or weights to finetune: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+eval_interval = 250  # steps from one evaluation, and checkpoint, to the next
+eval_iters = 160  # batches of validation data in an evaluation, always the same ones
+eval_only = False  # evaluate once and exit
+log_interval = 1  # steps from one printed line to the next
+always_save_checkpoint = True  # after each evaluation; False: only when the validation loss is the lowest yet
+hellaswag_interval = 0  # steps from one HellaSwag score to the next; 0 is never
+hellaswag_limit = 0  # score only so many of its 10,042 items; 0 is all
+hellaswag_data = ''  # its items from this file; nothing: the validation set, fetched once
+sample_interval = 0  # steps from one sample of the model's writing to the next; 0 is never
+wandb_log = False  # also log to Weights & Biases
+wandb_project = 'gpt2'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'fineweb_edu_10B'  # a folder in data/, or a path, or a mixture such as 'fineweb_edu_10B:0.8,stdlib:0.2'
+shuffle = True  # each epoch in an order of its own; False: as it was written
+total_batch_size = 524288  # tokens in a step, over all processes and accumulation steps
+gradient_accumulation_steps = 0  # micro-batches in a step, over all processes; 0: as total_batch_size needs
+batch_size = 16  # sequences in a micro-batch: as many as fit in memory
+block_size = 1024  # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
+bias = True  # in Linears and LayerNorms, as GPT-2 has them
+n_kv_head = 0  # heads for keys and values; 0: as many as n_head
+position = 'learned'  # or 'rope'
+norm = 'layernorm'  # or 'rmsnorm'
+qk_norm = False  # normalise queries and keys
+mlp = 'gelu'  # or 'relu2' or 'swiglu'
+n_mlp = 0  # width of the MLP; 0: 4 * n_embd
+tie_embeddings = True  # the head uses the token embedding's weights
+zero_init = False  # projections back into the residual stream start at zero
+softcap = 0.0  # bounds the logits by a tanh; 0 is off
+# optimizer
+optimizer = 'adamw'  # or 'muon', for the matrices inside the blocks
+learning_rate = 6e-4  # the highest
+max_iters = 19073  # steps: 10 billion tokens
+weight_decay = 0.1  # of matrices only
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # longest gradient; 0 is off
+decay_lr = True  # warm up and decay; False: learning_rate throughout
+lr_schedule = 'cosine'  # how it falls to min_lr: 'cosine', 'linear', or 'wsd': not at all until the end nears
+wsd_decay = 0.3  # the share of lr_decay_iters in which 'wsd' falls
+warmup_iters = 715  # steps to reach learning_rate: 375 million tokens, as GPT-3
+lr_decay_iters = 0  # steps to reach min_lr; 0: max_iters
+min_lr = 6e-5  # where the learning rate ends
+# system
+backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
+device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
+dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
+compile = 'auto'  # True, False, or where torch.compile works
+seed = 1337
+config = configure(globals())
+# -----------------------------------------------------------------------------
+
+device = parallel.start(device, backend)
+dtype = pick_dtype(dtype, device)
+torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
+torch.manual_seed(seed)
+lr_decay_iters = lr_decay_iters or max_iters
+if lr_schedule not in ('cosine', 'linear', 'wsd'):
+    sys.exit(f'lr_schedule={lr_schedule} is not one of cosine, linear, wsd')
+
+
+def say(*args, **kwargs):
+    if parallel.master:
+        print(*args, **kwargs, flush=True)
+
+
+# how many micro-batches make a step
+micro_batch = batch_size * block_size * parallel.world_size  # tokens, over all processes
+if min(batch_size, block_size, max_iters, eval_interval, eval_iters, log_interval) < 1:
+    sys.exit('batch_size, block_size, max_iters, eval_interval, eval_iters and log_interval must be at least 1')
+if gradient_accumulation_steps:
+    if gradient_accumulation_steps % parallel.world_size:
+        sys.exit(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared equally by '
+                 f'{parallel.world_size} processes: take a multiple of {parallel.world_size}')
+    accumulation_steps = gradient_accumulation_steps // parallel.world_size  # of each process
+elif total_batch_size < 1 or total_batch_size % micro_batch:
+    below = total_batch_size // micro_batch * micro_batch
+    near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
+    sys.exit(f'total_batch_size={total_batch_size} is no multiple of batch_size * block_size * processes = '
+             f'{batch_size} * {block_size} * {parallel.world_size} = {micro_batch}: the nearest are {near}')
+else:
+    accumulation_steps = total_batch_size // micro_batch
+tokens_per_step = accumulation_steps * micro_batch
+
+# data
+share = dict(batch_size=batch_size, block_size=block_size, rank=parallel.rank, world_size=parallel.world_size,
+             device=device)
+train_data = Loader(dataset, 'train', **share, shuffle=shuffle, seed=seed)
+val_data = Loader(dataset, 'val', **share, shuffle=False)
+tokenizer = get_tokenizer(train_data.tokenizer)
+
+# model
+step, best_val_loss, resumed = 0, math.inf, None
+ckpt_path, log_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'log.jsonl')
+model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+try:
+    if init_from == 'scratch':
+        model = GPT(GPTConfig(**model_args, vocab_size=train_data.vocab_size))
+        vocabulary = tokenizer.name
+    elif init_from == 'resume':
+        resumed = checkpoint.load(ckpt_path)
+        model, vocabulary = checkpoint.model_from(resumed), resumed['tokenizer']
+        step, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
+    else:
+        model, vocabulary = GPT.from_pretrained(init_from, dropout=dropout), 'gpt2'
+    if block_size < model.config.block_size:
+        model.crop_block_size(block_size)
+except ValueError as error:  # settings that make no model
+    sys.exit(str(error))
+if vocabulary != tokenizer.name:
+    sys.exit(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
+if block_size > model.config.block_size:
+    sys.exit(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were trained for')
+model.to(device)
+
+optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
+if resumed:
+    checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
+    scaler.load_state_dict(resumed['scaler'])
+    train_data.load_state_dict(resumed['data'])
+
+compiled = pick_compile(compile, device)
+if compiled:
+    model.compile()
+train_model = parallel.wrap(model, device)
+
+
+def learning_rate_at(step):
+    """Linear warmup to learning_rate, then down to min_lr at lr_decay_iters by lr_schedule."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    left = max(0.0, (lr_decay_iters - step) / max(1, lr_decay_iters - warmup_iters))  # from 1 to 0
+    if lr_schedule == 'cosine':
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    elif lr_schedule == 'wsd':
+        left = min(1.0, left / wsd_decay)
+    return min_lr + left * (learning_rate - min_lr)
+
+
+@torch.no_grad()
+def validation_loss():
+    """The mean loss in nats over the same tokens each time, computed by all processes together."""
+    total = count = 0
+    for x, y in val_data.eval_batches(eval_iters):
+        with autocast(dtype, device):
+            _, loss = model(x, y, return_logits=False)
+        n = (y != -1).sum()
+        total, count = total + loss.nan_to_num() * n, count + n  # a batch without targets has no loss
+    total, count = parallel.all_sum(total, count, device=device)
+    return total / count
+
+
+def sample():
+    """Two short texts by the model, on the first process alone; the training's random numbers stay as they are."""
+    with torch.random.fork_rng(), torch.compiler.set_stance('force_eager'), autocast(dtype, device):
+        torch.manual_seed(seed + step)
+        start = torch.full((2, 1), tokenizer.eot, device=device)
+        for row in model.generate(start, max_new_tokens=min(64, block_size), top_k=50).tolist():
+            say(f'  > {tokenizer.decode(row[1:])!r}')
+
+
+def due(interval):
+    return interval and (step % interval == 0 or step == max_iters)
+
+
+def evaluate():
+    """Score the model as it is now. Returns what the log will hold of it."""
+    model.eval()
+    began = time.perf_counter()
+    val_loss = validation_loss()
+    result = {'step': step, 'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
+    line = f'step {step}/{max_iters} | val loss {val_loss:.4f} | perplexity {result["perplexity"]:.2f}'
+    if due(hellaswag_interval):
+        with torch.compiler.set_stance('force_eager'):
+            scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+        result['hellaswag'] = scores['acc_norm']
+        line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(items)})'
+    say(f'{line} | {time.perf_counter() - began:.1f} s')
+    if due(sample_interval) and parallel.master:
+        sample()
+    model.train()
+    return result
+
+
+def log(entry):
+    if parallel.master:
+        with open(log_path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+        if wandb_log:
+            wandb.log(entry, step=entry['step'])
+
+
+def save():
+    """Write what a resume needs to go on as if nothing had happened."""
+    random = parallel.gather(checkpoint.random_state(device))
+    if parallel.master:
+        checkpoint.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': tokenizer.name,
+                         'optimizer': checkpoint.optimizer_state(model, optimizers), 'scaler': scaler.state_dict(), 'iter_num': step,
+                         'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'random': random,
+                         'config': config}, ckpt_path)
+
+
+stop_signal = 0
+
+
+def request_stop(number, frame):
+    global stop_signal
+    if stop_signal:  # asked twice
+        sys.exit(128 + number)
+    stop_signal = number
+    say(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
+
+
+signal.signal(signal.SIGINT, request_stop)
+signal.signal(signal.SIGTERM, request_stop)
+
+if parallel.master and not eval_only:
+    os.makedirs(out_dir, exist_ok=True)
+    if init_from == 'resume':
+        checkpoint.rewind_log(log_path, step)
+    else:
+        checkpoint.set_aside(out_dir)
+items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+if wandb_log and parallel.master:
+    try:
+        import wandb
+    except ImportError:
+        sys.exit('wandb_log needs Weights & Biases: pip install wandb')
+    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+
+peak = peak_flops(dtype, device) * parallel.world_size
+say(f'{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
+    f'{parallel.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
+
+torch.manual_seed(seed + parallel.rank + step)  # dropout differs from process to process
+if resumed and len(resumed['random']) == parallel.world_size:
+    checkpoint.set_random_state(resumed['random'][parallel.rank], device)
+del resumed
+
+model.train()
+while True:
+    if due(eval_interval) or due(hellaswag_interval) or due(sample_interval) or eval_only:
+        result = evaluate()
+        if eval_only:
+            break
+        log(result)
+        improved = result['val_loss'] < best_val_loss
+        best_val_loss = min(best_val_loss, result['val_loss'])
+        if step > 0 and (improved or always_save_checkpoint):
+            save()
+    if step >= max_iters:
+        break
+
+    began = time.perf_counter()
+    lr = learning_rate_at(step)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = lr
+    train_loss = 0
+    for micro_step in range(accumulation_steps):
+        x, y = train_data.next_batch()  # (B, T) each
+        parallel.sync_gradients(train_model, micro_step == accumulation_steps - 1)
+        with autocast(dtype, device):
+            _, loss = train_model(x, y, return_logits=False)
+        scaler.scale(loss / accumulation_steps).backward()
+        train_loss = train_loss + loss.detach() / accumulation_steps
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for opt in optimizers:
+        scaler.step(opt)
+        opt.zero_grad(set_to_none=True)
+    scaler.update()
+    # the one moment at which the host waits for the device: what all processes have to say of this step
+    train_loss, grad_norm, stops = parallel.all_sum(train_loss / parallel.world_size, grad_norm / parallel.world_size,
+                                                    stop_signal > 0, device=device)
+    step += 1
+    seconds = time.perf_counter() - began
+    tokens_per_s = tokens_per_step / seconds
+    mfu = model.flops_per_token() * tokens_per_s / peak
+    if step % log_interval == 0 or step == max_iters:
+        left = time.strftime('%H:%M:%S', time.gmtime((max_iters - step) * seconds))
+        say(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
+            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left')
+        log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
+             'tokens_per_s': tokens_per_s, 'mfu': mfu})
+    if stops:
+        save()
+        say(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
+        break
+
+parallel.stop()
