@@ -271,7 +271,7 @@ class GPT(nn.Module):
             loss[scored] = F.cross_entropy(self.head(x[scored]).float(), targets[scored], reduction='none')
             return None, loss
         logits = self.head(x)
-        loss = F.cross_entropy(logits.float().view(B * T, -1), targets.view(B * T), ignore_index=-1)
+        loss = F.cross_entropy(logits.float().view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return logits if return_logits else None, loss
 
     def new_cache(self, batch_size, dtype=None):
