@@ -35,6 +35,9 @@ def find_files(patterns):
 
 def corpus_of_files(files, text_key, txt_split, skip_bad):
     """The corpus (see data/prepare.py) of all documents in `files`, one file after the other."""
+    if txt_split not in ('file', 'line', 'blank'):
+        sys.exit(f"txt_split='{txt_split}': there are file, line and blank")
+
     def corpus(mark):
         return in_batches(documents(**mark) if mark else documents())
 
