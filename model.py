@@ -32,7 +32,7 @@ class GPTConfig:
     n_kv_head: int = 0  # heads for keys and values; fewer than n_head is grouped-query attention; 0 is n_head
     position: str = 'learned'  # or 'rope': rotary positions (Su et al. 2021, arXiv:2104.09864)
     rope_theta: float = 10000.0  # the base of RoPE's wavelengths
-    norm: str = 'layernorm'  # or 'rmsnorm' (Zhang & Sennrich 2019, arXiv:1910.07467)
+    norm: str = 'layernorm'  # or 'rmsnorm'
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm on queries and keys, head by head (Dehghani et al. 2023, arXiv:2302.05442)
     mlp: str = 'gelu'  # or 'relu2' (So et al. 2021, arXiv:2109.08668) or 'swiglu' (Shazeer 2020, arXiv:2002.05202)
@@ -70,10 +70,17 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64
 
 
+class RMSNorm(nn.RMSNorm):
+    """In float32 whatever the precision of its input and its gain (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
+
+
 def norm(config):
     """The normalisation that config asks for, over the channels."""
     if config.norm == 'rmsnorm':
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
@@ -93,8 +100,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_size, bias=config.bias)  # q, k, v in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope=None, mask=None, cache=None):
