@@ -98,15 +98,17 @@ def print_help(script, defaults):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""
     with tokenize.open(script['__file__']) as f:
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
-    print((script['__doc__'] or '').strip(), f'\n\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
-    indent = max((len(f'  --{k}={v!r}  ') for k, v in defaults.items()), default=0)
-    for name, node in assignments(script['__file__']).items():
-        if name in defaults:
-            above, line = [], node.lineno - 1
-            while (line, 0) in comments:
-                above, line = [comments[line, 0].strip('#- '), *above], line - 1
-            if above:
-                print('', *filter(None, above), sep='\n')
-            beside = ' '.join(c.lstrip('# ') for (i, _), c in comments.items() if node.lineno <= i <= node.end_lineno)
-            print(textwrap.fill(f'  --{name}={defaults[name]!r}'.ljust(indent) + beside, subsequent_indent=' ' * indent,
-                                width=max(shutil.get_terminal_size().columns, indent + 30)))
+    print((script['__doc__'] or '').strip())
+    print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    nodes = assignments(script['__file__'])
+    indent = max((len(f'  --{name}={value!r}  ') for name, value in defaults.items()), default=0)
+    width = max(shutil.get_terminal_size().columns, indent + 30)
+    for name, value in defaults.items():
+        first, last, above = nodes[name].lineno, nodes[name].end_lineno, []
+        while (first - len(above) - 1, 0) in comments:
+            above.append(comments[first - len(above) - 1, 0].strip('#- '))
+        if above:
+            print('', *filter(None, reversed(above)), sep='\n')
+        beside = ' '.join(text.lstrip('# ') for (line, _), text in comments.items() if first <= line <= last)
+        setting = f'  --{name}={value!r}'.ljust(indent)
+        print(textwrap.fill(setting + beside, width, subsequent_indent=' ' * indent))
