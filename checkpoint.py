@@ -2,30 +2,150 @@
 Checkpoints: written so that an interruption never costs the one before, read without running any code.
 
 A checkpoint is a dictionary with nanoGPT's keys (model, model_args, optimizer, iter_num, best_val_loss, config)
-and what else a run needs to go on as if it had not stopped (tokenizer, data, random).
+and what else a run needs to go on as if it had not stopped (tokenizer, data, random, …). It holds whole tensors by
+the names that they have in one process, so how many processes wrote it, and in which layout, leaves no trace.
 """
 
 import itertools
 import json
 import os
 import pickle
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from model import GPT, GPTConfig
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, on its CPU
+NAME = 'ckpt.pt'  # in out_dir
 
-def save(checkpoint, path):
-    """Write a checkpoint beside path, make sure that it is on the disk, then give it its name."""
-    temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+# -----------------------------------------------------------------------------
+# what a checkpoint holds
 
+def training_state(model, optimizers):
+    """{'model': …, 'optimizer': …} by the names of the model's parameters: copies on the CPU of the first process,
+    whole tensors for any layout. All processes take part; the others' dictionaries stay empty."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    weights = get_model_state_dict(model, options=WHOLE)
+    if weights:  # tied weights were gathered one by one
+        weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
+    state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
+    return copied(state, {}) if next(model.parameters()).device.type == 'cpu' else state
+
+
+def optimizer_state(model, optimizers):
+    """{'state': {name: …}, 'param_groups': [{'params': names, …}]} of all optimizers, on the first process."""
+    state, groups = {}, []
+    for optimizer in optimizers:
+        if not isinstance(optimizer, ZeroRedundancyOptimizer):
+            parts = [get_optimizer_state_dict(model, optimizer, options=WHOLE)]
+        else:  # each process has the state of some parameters
+            parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(copied(get_optimizer_state_dict(model, optimizer.optim), {}), parts)
+        if parts and parts[0]:
+            for part in parts:
+                state |= part['state']
+            groups += [same[0] | {'params': [name for group in same for name in group['params']]}
+                       for same in zip(*(part['param_groups'] for part in parts))]
+    return {'state': state, 'param_groups': groups}
+
+
+def set_optimizer_state(model, optimizers, state):
+    """Give the optimizers what optimizer_state gave, or each process its part of it."""
+    for optimizer in optimizers:
+        set_optimizer_state_dict(model, getattr(optimizer, 'optim', optimizer), state, options=WHOLE)
+
+
+def copied(x, seen):
+    """A copy on the CPU of nested dictionaries and lists of tensors; a tensor that occurs twice is copied once."""
+    if isinstance(x, torch.Tensor):
+        key = x.data_ptr(), x.shape
+        if key not in seen:
+            seen[key] = x.detach().to('cpu', copy=True)
+        return seen[key]
+    if isinstance(x, dict):
+        return {k: copied(v, seen) for k, v in x.items()}
+    return [copied(v, seen) for v in x] if isinstance(x, list) else x
+
+
+def random_state(device):
+    """The state of this process's random number generators."""
+    state = {'cpu': torch.get_rng_state()}
+    if 'cuda' in device:
+        state['cuda'] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state['cpu'].cpu())
+    if 'cuda' in device and 'cuda' in state:
+        torch.cuda.set_rng_state(state['cuda'].cpu(), device)
+
+# -----------------------------------------------------------------------------
+# writing
+
+writer, writing = ThreadPoolExecutor(1), None
+
+
+def save(checkpoint, out_dir, best=False, keep=0):
+    """Start to write out_dir/ckpt.pt in the background, once the one before is written.
+
+    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step's number), of which so many stay.
+    """
+    global writing
+    wait()
+    writing = writer.submit(write, checkpoint, Path(out_dir), best, keep)
+
+
+def wait():
+    """Until the checkpoint that is being written is on the disk. Returns False if it could not be written."""
+    return writing is None or writing.result()
+
+
+def write(checkpoint, out_dir, best, keep):
+    """Write a checkpoint under a temporary name, make sure that it is on the disk, then give it its names, ckpt.pt
+    last: what a resume starts from has all that came with it. A full disk is reported, and leaves all as it was."""
+    step, temporary = checkpoint['iter_num'], out_dir / f'{NAME}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep:
+            also_known_as(temporary, out_dir / f'ckpt_{step:06d}.pt')
+            for path in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=os.path.getmtime)[:-keep]:
+                path.unlink()
+        if best:
+            also_known_as(temporary, out_dir / 'ckpt_best.pt')
+        os.replace(temporary, out_dir / NAME)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save has errors of its own
+        temporary.unlink(missing_ok=True)
+        before = f'{out_dir / NAME} is still the one before' if (out_dir / NAME).exists() else 'there is none yet'
+        print(f'the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): {before}',
+              file=sys.stderr, flush=True)
+        return False
+
+
+def also_known_as(path, name):
+    """Give a file a further name, atomically, in no further space where the file system has links."""
+    temporary = f'{name}.tmp'
+    Path(temporary).unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+# -----------------------------------------------------------------------------
+# reading
 
 def load(path, device='cpu'):
     """The checkpoint at path. Exits with one line if there is none or it cannot be read."""
@@ -48,35 +168,23 @@ def load_model(init_from, out_dir, device):
     """(model, name of its tokenizer) for sampling and evaluation: 'resume' is out_dir/ckpt.pt, 'gpt2*' a model of
     the Hugging Face hub, anything else a folder that save_pretrained wrote."""
     if init_from == 'resume':
-        checkpoint = load(os.path.join(out_dir, 'ckpt.pt'))
+        checkpoint = load(os.path.join(out_dir, NAME))
         model, tokenizer = model_from(checkpoint), checkpoint['tokenizer']
     else:
         model, tokenizer = GPT.from_pretrained(init_from), 'gpt2'
     return model.to(device).eval(), tokenizer
 
-
-def random_state(device):
-    """The state of this process's random number generators."""
-    state = {'cpu': torch.get_rng_state()}
-    if 'cuda' in device:
-        state['cuda'] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state['cpu'].cpu())
-    if 'cuda' in device and 'cuda' in state:
-        torch.cuda.set_rng_state(state['cuda'].cpu(), device)
-
+# -----------------------------------------------------------------------------
+# the files of a run
 
 def set_aside(out_dir):
     """Give what an earlier run left in out_dir other names, so that a new one overwrites nothing."""
-    earlier = [path for path in (Path(out_dir, 'ckpt.pt'), Path(out_dir, 'log.jsonl')) if path.exists()]
+    earlier = [*Path(out_dir).glob('ckpt*.pt'), *Path(out_dir).glob('log.jsonl')]
     if earlier:
-        n = next(n for n in itertools.count(1) if not any(path.with_name(f'{n}.{path.name}').exists() for path in earlier))
+        n = next(n for n in itertools.count(1) if not any(Path(out_dir).glob(f'{n}.*')))
         for path in earlier:
             path.rename(path.with_name(f'{n}.{path.name}'))
-        print(f'{out_dir} held an earlier run: its files are now {" and ".join(f"{n}.{path.name}" for path in earlier)}')
+        print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
 
 
 def rewind_log(path, step):

@@ -1,32 +1,66 @@
-"""Everything particular to training with many processes: who they are, what they share, how they end."""
+"""
+Everything particular to training with many processes: who they are, how the model is laid out over them, what they
+tell each other, and how they end together. train.py calls it `job`.
 
+torchrun starts the processes and names each one in RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one, and
+every function here does what one process needs.
+"""
+
+import math
 import os
+import socket
 import sys
+import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from device import pick_device
+from device import DTYPES, pick_device
 
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0  # the process that prints, logs and saves
 
+store = None  # what the processes write on a common board, without waiting for each other
+progress = 0, time.monotonic()  # how often this process has met the others, and when it last did
 
-def start(device, backend):
-    """Join the other processes that torchrun started, if it did. Returns this process's device."""
+
+def start(device, backend='auto', timeout=600):
+    """Join the other processes that torchrun started, if it did. Returns this process's device.
+
+    timeout: seconds after which a process that still waits for the others names those that are missing and ends.
+    """
+    global store
+    sys.excepthook = explain
     device = pick_device(device)
-    if device == 'cuda' and 'RANK' in os.environ:
+    if 'RANK' not in os.environ:
+        return device
+    sys.exit = leave
+    if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
             sys.exit(f'{torch.cuda.device_count()} GPUs here: lower torchrun\'s --nproc_per_node')
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-    if 'RANK' in os.environ:
-        backend = ('nccl' if 'cuda' in device else 'gloo') if backend == 'auto' else backend
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    if backend == 'auto':  # what stays on the CPU is exchanged too, when the optimizer's state is offloaded
+        backend = 'cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo'
+    for name in backend.split(','):
+        if not dist.is_backend_available(name.split(':')[-1]):
+            sys.exit(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; auto takes the one that fits')
+    try:
+        store, *_ = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
+    except ValueError as error:  # RANK alone
+        sys.exit(f'RANK is set, but not what else torchrun sets: {error}')
+    dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=2 * timeout + 60))  # the watch speaks first, and plainer
+    threading.Thread(target=watch, args=(timeout,), daemon=True).start()
     return device
 
 
@@ -35,15 +69,68 @@ def stop():
         dist.destroy_process_group()
 
 
-def wrap(model, device):
-    """The model as the training step calls it: gradients averaged over all processes after each backward pass."""
+# -----------------------------------------------------------------------------
+# how the model lies on the devices
+
+def check_layout(layout, replicas, cpu_offload):
+    """Exit with one line if these settings make no layout for this number of processes."""
+    if layout not in ('ddp', 'zero1', 'fsdp'):
+        sys.exit(f'parallel={layout} is not one of ddp, zero1, fsdp')
+    if layout != 'fsdp' and (replicas != 1 or cpu_offload):
+        sys.exit(f'replicas and cpu_offload need --parallel=fsdp, and parallel is {layout}')
+    if layout != 'ddp' and 'RANK' not in os.environ:
+        sys.exit(f'parallel={layout} shares the work of several processes: start them with torchrun')
+    if replicas < 1 or world_size % replicas:
+        sys.exit(f'replicas={replicas} must divide the number of processes, {world_size}')
+
+
+def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=False):
+    """The model on its device, as the training step calls it: the gradients that a backward pass leaves are the mean
+    over all processes.
+
+    'ddp' and 'zero1': each process has the whole model (the optimizer is what zero1 shards, see optimizers.py).
+    'fsdp': each has 1 / (processes / replicas) of every parameter, gradient and optimizer state, and gathers a block
+    only while it computes it (ZeRO stage 3; Rajbhandari et al. 2020, arXiv:1910.02054). The blocks are gathered
+    in dtype and their gradients summed in float32; embeddings and head stay float32, and so does the residual stream.
+    With replicas, only the processes of one replica share a model, which keeps the gathering inside a machine.
+    """
+    if layout == 'fsdp':
+        mesh = init_device_mesh(torch.device(device).type, (replicas, world_size // replicas),
+                                mesh_dim_names=('replicate', 'shard'))
+        how = {'mesh': mesh if replicas > 1 else mesh['shard'],
+               'offload_policy': CPUOffloadPolicy(pin_memory='cuda' in device) if cpu_offload else OffloadPolicy()}
+        # not cast_forward_inputs: rotary angles must stay float32
+        half = MixedPrecisionPolicy(DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.transformer.h:
+            fully_shard(block, **how, mp_policy=half if dtype != 'float32' else MixedPrecisionPolicy())
+        return fully_shard(model, **how)
+    model.to(device)
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(model, device_ids=[local_rank] if 'cuda' in device else None)
+    return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
+                                   gradient_as_bucket_view=True)  # else gradients take their memory twice
 
+
+def sync_gradients(model, last):
+    """Tell a wrapped model whether the coming backward pass is the last of its step: only then are gradients
+    sent round, once for all micro-batches. (fsdp sends them each time, since it has no room to keep them whole.)"""
+    meet()
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+
+
+def clip_gradients(model, longest):
+    """Scale the gradient down to at most this length. Returns the length that it had, a tensor on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest or math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# -----------------------------------------------------------------------------
+# what the processes tell each other
 
 def all_sum(*values, device):
     """Each number, or tensor of one, summed over all processes, as floats."""
+    meet()
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64 if device != 'mps' else torch.float32, device=device)
                          for v in values])
     if dist.is_initialized():
@@ -55,13 +142,81 @@ def gather(value):
     """What each process has, as a list, on all of them."""
     if not dist.is_initialized():
         return [value]
+    meet()
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
 
 
-def sync_gradients(model, last):
-    """Tell a wrapped model whether the coming backward pass is the last of its step: only then are gradients
-    sent round, once for all micro-batches."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = last
+# -----------------------------------------------------------------------------
+# how they end together
+
+def meet():
+    """Note for the watch that this process has come as far as the next exchange."""
+    global progress
+    progress = progress[0] + 1, time.monotonic()
+
+
+def watch(timeout):
+    """Runs beside the training and says on the board how far this process has come. Once it has waited longer than
+    timeout seconds, it looks who has come less far, or has stopped telling, and ends the program."""
+    pause = min(10, timeout / 10)
+
+    def tell():
+        store.set(f'alive/{rank}', f'{progress[0]} {time.monotonic()} {socket.gethostname()}')
+
+    def told():
+        return {r: store.get(f'alive/{r}').decode() if store.check([f'alive/{r}']) else '-1 0 ?' for r in range(world_size)}
+
+    while True:
+        try:
+            tell()
+            time.sleep(pause)
+            met, since = progress
+            if time.monotonic() - since < timeout:
+                continue
+            before = told()
+            for _ in range(3):
+                time.sleep(pause)
+                tell()
+            after = told()
+            missing = {r: line.split()[2] for r, line in after.items()
+                       if int(line.split()[0]) < met or r != rank and line == before[r]}
+            reason = ', '.join(f'rank {r} on {host}' for r, host in missing.items())
+        except RuntimeError:  # the board was on the first process's machine
+            missing, reason = {0}, 'rank 0, or its machine,'
+        if progress[0] == met and missing and rank not in missing:
+            if first_to_fail():
+                print(f'{reason} has not come for {timeout} s (dist_timeout), and the others cannot go on without',
+                      file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def first_to_fail():
+    """True for the first process that asks: of many that fail alike, or because another one did, only it speaks."""
+    try:
+        return store.add('failed', 1) == 1 if store else master
+    except RuntimeError:  # the board is gone, with the process that had it
+        return False
+
+
+def leave(status=None):
+    """sys.exit for one of many."""
+    raise SystemExit(1 if isinstance(status, str) and not first_to_fail() else status)
+
+
+def explain(kind, error, trace):
+    """sys.excepthook: one line for what is not a mistake in the program, one traceback for what is."""
+    text = str(error).strip().split('\n')[0]
+    if kind is KeyboardInterrupt or not first_to_fail():
+        pass
+    elif kind is torch.OutOfMemoryError or "can't allocate memory" in text:
+        print(f'out of memory on rank {rank}: halve batch_size (the step stays the same), or try '
+              f'--activation_checkpointing=True, or --parallel=fsdp on several GPUs. {text}', file=sys.stderr)
+    elif isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
+        print(f'rank {rank} lost the other processes, of which one must have died: {text}', file=sys.stderr)
+    else:
+        if dist.is_initialized():
+            print(f'on rank {rank}:', file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()

@@ -12,15 +12,17 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, fields
 
 import torch
 
 import checkpoint
 import hellaswag
-import parallel
+import parallel as job
 from configurator import configure
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
@@ -32,12 +34,13 @@ from optimizers import configure_optimizers
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # where checkpoints (ckpt.pt) and the log (log.jsonl) go
-init_from = 'scratch'  # or 'resume', or weights to finetune: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder
+init_from = 'scratch'  # or 'resume', or 'auto': resume if there is a checkpoint; or weights: 'gpt2' to 'gpt2-xl', a folder
 eval_interval = 250  # steps from one evaluation, and checkpoint, to the next
 eval_iters = 160  # batches of validation data in an evaluation, always the same ones
 eval_only = False  # evaluate once and exit
 log_interval = 1  # steps from one printed line to the next
 always_save_checkpoint = True  # after each evaluation; False: only when the validation loss is the lowest yet
+keep_checkpoints = 0  # so many of the last ones stay beside ckpt.pt, as ckpt_000250.pt and so on
 hellaswag_interval = 0  # steps from one HellaSwag score to the next; 0 is never
 hellaswag_limit = 0  # score only so many of its 10,042 items; 0 is all
 hellaswag_data = ''  # its items from this file; nothing: the validation set, fetched once
@@ -81,7 +84,14 @@ wsd_decay = 0.3  # the share of lr_decay_iters in which 'wsd' falls
 warmup_iters = 715  # steps to reach learning_rate: 375 million tokens, as GPT-3
 lr_decay_iters = 0  # steps to reach min_lr; 0: max_iters
 min_lr = 6e-5  # where the learning rate ends
+skip_spikes = 0.0  # skip a step whose gradient is more than so many standard deviations longer than usual; 0 is off
+max_bad_steps = 50  # stop after so many skipped steps in a row; one without a finite loss and gradient is always skipped
 # system
+parallel = 'ddp'  # 'zero1' shards the optimizer's state over the processes, 'fsdp' the weights and gradients too
+replicas = 1  # with fsdp: so many groups of processes hold the whole model; one a machine saves much traffic
+cpu_offload = False  # with fsdp: weights and optimizer state stay in the CPU's memory between uses
+activation_checkpointing = False  # compute each block twice, to save most of the activations' memory
+dist_timeout = 600  # seconds until processes that wait for another one give it up, and end
 backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
@@ -90,40 +100,49 @@ seed = 1337
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
-device = parallel.start(device, backend)
+device = job.start(device, backend, dist_timeout)
+job.check_layout(parallel, replicas, cpu_offload)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 lr_decay_iters = lr_decay_iters or max_iters
 if lr_schedule not in ('cosine', 'linear', 'wsd'):
     sys.exit(f'lr_schedule={lr_schedule} is not one of cosine, linear, wsd')
+for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'max_bad_steps'):
+    if config[name] < 1:
+        sys.exit(f'{name}={config[name]} must be at least 1')
+for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'skip_spikes', 'keep_checkpoints',
+             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed'):
+    if not 0 <= config[name] < math.inf:
+        sys.exit(f'{name}={config[name]} must be a number from 0 up')
+for name in ('beta1', 'beta2', 'wsd_decay'):
+    if not 0 < config[name] < 1:
+        sys.exit(f'{name}={config[name]} must be between 0 and 1')
 
 
 def say(*args, **kwargs):
-    if parallel.master:
+    if job.master:
         print(*args, **kwargs, flush=True)
 
 
 # how many micro-batches make a step
-micro_batch = batch_size * block_size * parallel.world_size  # tokens, over all processes
-if min(batch_size, block_size, max_iters, eval_interval, eval_iters, log_interval) < 1:
-    sys.exit('batch_size, block_size, max_iters, eval_interval, eval_iters and log_interval must be at least 1')
+micro_batch = batch_size * block_size * job.world_size  # tokens, over all processes
 if gradient_accumulation_steps:
-    if gradient_accumulation_steps % parallel.world_size:
+    if gradient_accumulation_steps % job.world_size:
         sys.exit(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared equally by '
-                 f'{parallel.world_size} processes: take a multiple of {parallel.world_size}')
-    accumulation_steps = gradient_accumulation_steps // parallel.world_size  # of each process
+                 f'{job.world_size} processes: take a multiple of {job.world_size}')
+    accumulation_steps = gradient_accumulation_steps // job.world_size  # of each process
 elif total_batch_size < 1 or total_batch_size % micro_batch:
     below = total_batch_size // micro_batch * micro_batch
     near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
     sys.exit(f'total_batch_size={total_batch_size} is no multiple of batch_size * block_size * processes = '
-             f'{batch_size} * {block_size} * {parallel.world_size} = {micro_batch}: the nearest are {near}')
+             f'{batch_size} * {block_size} * {job.world_size} = {micro_batch}: the nearest are {near}')
 else:
     accumulation_steps = total_batch_size // micro_batch
 tokens_per_step = accumulation_steps * micro_batch
 
 # data
-share = dict(batch_size=batch_size, block_size=block_size, rank=parallel.rank, world_size=parallel.world_size,
+share = dict(batch_size=batch_size, block_size=block_size, rank=job.rank, world_size=job.world_size,
              device=device)
 train_data = Loader(dataset, 'train', **share, shuffle=shuffle, seed=seed)
 val_data = Loader(dataset, 'val', **share, shuffle=False)
@@ -131,7 +150,10 @@ tokenizer = get_tokenizer(train_data.tokenizer)
 
 # model
 step, best_val_loss, resumed = 0, math.inf, None
-ckpt_path, log_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'log.jsonl')
+skipped, bad_steps, norms = 0, 0, deque(maxlen=100)  # steps skipped, of them the last in a row; gradients' lengths
+ckpt_path, log_path = os.path.join(out_dir, checkpoint.NAME), os.path.join(out_dir, 'log.jsonl')
+if init_from == 'auto':
+    init_from = job.gather('resume' if os.path.exists(ckpt_path) else 'scratch')[0]
 model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
 try:
     if init_from == 'scratch':
@@ -140,7 +162,8 @@ try:
     elif init_from == 'resume':
         resumed = checkpoint.load(ckpt_path)
         model, vocabulary = checkpoint.model_from(resumed), resumed['tokenizer']
-        step, best_val_loss = resumed['iter_num'], resumed['best_val_loss']
+        step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
+        norms.extend(resumed['norms'])
     else:
         model, vocabulary = GPT.from_pretrained(init_from, dropout=dropout), 'gpt2'
     if block_size < model.config.block_size:
@@ -151,19 +174,21 @@ if vocabulary != tokenizer.name:
     sys.exit(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
 if block_size > model.config.block_size:
     sys.exit(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were trained for')
-model.to(device)
+model.activation_checkpointing = activation_checkpointing
 
-optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+compiled = pick_compile(compile, device)
+if compiled:
+    model.compile()
+train_model = job.wrap(model, device, parallel, dtype, replicas, cpu_offload)
+try:
+    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), parallel == 'zero1')
+except ValueError as error:
+    sys.exit(str(error))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 if resumed:
     checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
     scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
-
-compiled = pick_compile(compile, device)
-if compiled:
-    model.compile()
-train_model = parallel.wrap(model, device)
 
 
 def learning_rate_at(step):
@@ -189,12 +214,12 @@ def validation_loss():
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
         total, count = total + loss.nan_to_num() * n, count + n  # a batch without targets has no loss
-    total, count = parallel.all_sum(total, count, device=device)
+    total, count = job.all_sum(total, count, device=device)
     return total / count
 
 
 def sample():
-    """Two short texts by the model, on the first process alone; the training's random numbers stay as they are."""
+    """Print two short texts by the model. All processes take part; their random numbers stay as they are."""
     with torch.random.fork_rng(), torch.compiler.set_stance('force_eager'), autocast(dtype, device):
         torch.manual_seed(seed + step)
         start = torch.full((2, 1), tokenizer.eot, device=device)
@@ -219,65 +244,76 @@ def evaluate():
         result['hellaswag'] = scores['acc_norm']
         line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(items)})'
     say(f'{line} | {time.perf_counter() - began:.1f} s')
-    if due(sample_interval) and parallel.master:
+    if due(sample_interval):
         sample()
     model.train()
     return result
 
 
 def log(entry):
-    if parallel.master:
+    if job.master:
         with open(log_path, 'a') as f:
             f.write(json.dumps(entry) + '\n')
         if wandb_log:
             wandb.log(entry, step=entry['step'])
 
 
-def save():
-    """Write what a resume needs to go on as if nothing had happened."""
-    random = parallel.gather(checkpoint.random_state(device))
-    if parallel.master:
-        checkpoint.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': tokenizer.name,
-                         'optimizer': checkpoint.optimizer_state(model, optimizers), 'scaler': scaler.state_dict(), 'iter_num': step,
-                         'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'random': random,
-                         'config': config}, ckpt_path)
+def save(best=False):
+    """Write what a resume needs to go on as if nothing had happened; in the background, once it is copied."""
+    state, random = checkpoint.training_state(model, optimizers), job.gather(checkpoint.random_state(device))
+    if job.master:
+        state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
+                  'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'random': random,
+                  'scaler': scaler.state_dict(), 'skipped': skipped, 'norms': list(norms)}
+        checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
-stop_signal = 0
+def is_spike(norm):
+    """Is the gradient much longer than those of the last 100 good steps?"""
+    return (skip_spikes and len(norms) == norms.maxlen
+            and norm > statistics.fmean(norms) + skip_spikes * statistics.stdev(norms))
+
+
+stop_signal = asked = 0
 
 
 def request_stop(number, frame):
-    global stop_signal
-    if stop_signal:  # asked twice
-        sys.exit(128 + number)
-    stop_signal = number
+    global stop_signal, asked
+    if stop_signal:
+        if time.monotonic() - asked > 2:  # sooner it is torchrun, that passes on what the terminal told all
+            sys.exit(128 + number)
+        return
+    stop_signal, asked = number, time.monotonic()
     say(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
 
 
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)
 
-if parallel.master and not eval_only:
-    os.makedirs(out_dir, exist_ok=True)
+if job.master and not eval_only:
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        sys.exit(f'out_dir={out_dir} cannot be made: {error.strerror}')
     if init_from == 'resume':
         checkpoint.rewind_log(log_path, step)
     else:
         checkpoint.set_aside(out_dir)
 items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
-if wandb_log and parallel.master:
+if wandb_log and job.master:
     try:
         import wandb
     except ImportError:
         sys.exit('wandb_log needs Weights & Biases: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
-peak = peak_flops(dtype, device) * parallel.world_size
+peak = peak_flops(dtype, device) * job.world_size
 say(f'{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
-    f'{parallel.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
+    f'{job.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
 
-torch.manual_seed(seed + parallel.rank + step)  # dropout differs from process to process
-if resumed and len(resumed['random']) == parallel.world_size:
-    checkpoint.set_random_state(resumed['random'][parallel.rank], device)
+torch.manual_seed(seed + job.rank + step)  # dropout differs from process to process
+if resumed and len(resumed['random']) == job.world_size:
+    checkpoint.set_random_state(resumed['random'][job.rank], device)
 del resumed
 
 model.train()
@@ -289,8 +325,9 @@ while True:
         log(result)
         improved = result['val_loss'] < best_val_loss
         best_val_loss = min(best_val_loss, result['val_loss'])
-        if step > 0 and (improved or always_save_checkpoint):
-            save()
+        healthy = math.isfinite(result['val_loss']) and not bad_steps
+        if step > 0 and healthy and (improved or always_save_checkpoint):
+            save(best=improved)
     if step >= max_iters:
         break
 
@@ -302,34 +339,48 @@ while True:
     train_loss = 0
     for micro_step in range(accumulation_steps):
         x, y = train_data.next_batch()  # (B, T) each
-        parallel.sync_gradients(train_model, micro_step == accumulation_steps - 1)
+        job.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
             _, loss = train_model(x, y, return_logits=False)
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
     for opt in optimizers:
         scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    grad_norm = job.clip_gradients(model, grad_clip)
+    # the one moment at which the host waits for the device: what all processes have to say of this step
+    train_loss, grad_norm, stops = job.all_sum(train_loss / job.world_size, grad_norm / job.world_size,
+                                               stop_signal > 0, device=device)
+    good = math.isfinite(train_loss) and math.isfinite(grad_norm) and not is_spike(grad_norm)
     for opt in optimizers:
-        scaler.step(opt)
+        if good:
+            scaler.step(opt)
         opt.zero_grad(set_to_none=True)
     scaler.update()
-    # the one moment at which the host waits for the device: what all processes have to say of this step
-    train_loss, grad_norm, stops = parallel.all_sum(train_loss / parallel.world_size, grad_norm / parallel.world_size,
-                                                    stop_signal > 0, device=device)
+    if good:
+        bad_steps = 0
+        norms.append(grad_norm)
+    else:
+        bad_steps, skipped = bad_steps + 1, skipped + 1
     step += 1
     seconds = time.perf_counter() - began
     tokens_per_s = tokens_per_step / seconds
     mfu = model.flops_per_token() * tokens_per_s / peak
-    if step % log_interval == 0 or step == max_iters:
+    if step % log_interval == 0 or step == max_iters or not good:
         left = time.strftime('%H:%M:%S', time.gmtime((max_iters - step) * seconds))
         say(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
-            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left')
+            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left{"" if good else f" | skipped ({skipped} so far)"}')
         log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
-             'tokens_per_s': tokens_per_s, 'mfu': mfu})
-    if stops:
+             'tokens_per_s': tokens_per_s, 'mfu': mfu, 'skipped': skipped})
+    if bad_steps == max_bad_steps:
+        checkpoint.wait()
+        sys.exit(f'{bad_steps} steps in a row without a good gradient (the last: loss {train_loss:.4g}, norm '
+                 f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+    if stops and good:
         save()
-        say(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
+        if checkpoint.wait():
+            say(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
         break
 
-parallel.stop()
+if not checkpoint.wait():
+    sys.exit(1)
+job.stop()
