@@ -31,7 +31,7 @@ FOREIGN = {split: (f'*_{split}_*.npy', f'*_{split}_*.bin', f'*_{split}.bin', f'{
            for split in ('train', 'val')}
 BIN_HEADER, BIN_MAGIC, BIN_VERSION = 256, 20240520, 1   # the length is in int32
 SAMPLE = 4096                                           # ids read at three places of each shard when it is opened
-OPEN_FILES = 768 if sys.platform == 'linux' else 128    # at once, of the 1,024 (macOS: 256) a process may by default
+OPEN_FILES = 768 if sys.platform == 'linux' else 128    # at once; the usual limits are 1,024 and, on macOS, 256
 OPENED, LOCK = {}, threading.Lock()                     # {shard: descriptor}, for all the threads that read
 
 
@@ -64,7 +64,9 @@ class Split:
         self.folder = find_folder(dataset)
         meta = read_meta(self.folder)
         self.tokenizer, self.vocab_size, self.eot = meta.tokenizer, meta.vocab_size, meta.eot
-        paths = list_shards(self.folder, meta, split) or sys.exit(f'the dataset {self.folder} has no {split} split')
+        paths = list_shards(self.folder, meta, split)
+        if not paths:
+            sys.exit(f'the dataset {self.folder} has no {split} split')
         self.shards = [open_shard(path, meta) for path in paths]
         self.dtype = self.shards[0].dtype
         for shard in self.shards:
@@ -122,10 +124,11 @@ def find_folder(dataset):
 def no_dataset(folder):
     """Exits, naming the folder and the command that fills it."""
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    command = f'python {place / "prepare.py"}' if (folder / 'prepare.py').exists() else 'python prepare_fineweb.py'
-    if not (folder / 'prepare.py').exists() and folder != ROOT / 'data' / 'fineweb_edu_10B':
-        sys.exit(f'no dataset in {place}: `{command} --help` tells how to make one')
-    sys.exit(f'no dataset in {place}: run `{command}` to make it')
+    script = 'prepare_fineweb.py' if folder == ROOT / 'data' / 'fineweb_edu_10B' else place / 'prepare.py'
+    if (ROOT / script).exists():
+        sys.exit(f'no dataset in {place}: run `python {script}` to make it')
+    sys.exit(f'no dataset in {place}: `python prepare_fineweb.py --out_dir={place}` makes one '
+             'of your --data_files, or of a --dataset on the hub')
 
 
 def read_meta(folder):
@@ -138,13 +141,13 @@ def read_meta(folder):
                 raise ValueError(f'it has format {meta["format"]}, and this version reads format 1')
             shards = {shard['file']: (shard['tokens'], np.dtype(meta['dtype']), shard['sha256'])
                       for shard in meta['shards']}
-            return Meta(meta['tokenizer'], meta['vocab_size'], meta['eot'], shards)
+            return Meta(meta['tokenizer'], int(meta['vocab_size']), int(meta['eot']), shards)
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f'{path} cannot be used ({type(error).__name__}: {error})')
     if any(any(folder.glob(name)) for name in ('progress.json', 'train_[0-9]*.npy', 'val_[0-9]*.npy')):
-        sys.exit(f'the preparation of {folder} was interrupted: run the same command again and it goes on')
+        sys.exit(f'the preparation of {folder} was interrupted: the same command, run again, goes on with it')
     if (folder / 'meta.pkl').exists():
-        sys.exit(f"{folder} has ids of characters, after nanoGPT's meta.pkl, and no tokenizer here writes them back: "
+        sys.exit(f"{folder} has ids of characters, by nanoGPT's meta.pkl, and no tokenizer here decodes those: "
                  'prepare its text anew')
     return Meta(GPT2.name, GPT2.vocab_size, GPT2.eot, None)
 
@@ -171,7 +174,8 @@ def open_shard(path, meta):
             raise ValueError('it holds no tokens')
         tokens, dtype, _ = meta.shards[path.name] if meta.shards else (shard.tokens, shard.dtype, None)
         if (tokens, dtype) != (shard.tokens, shard.dtype):
-            raise ValueError(f'it holds {shard.tokens:,} ids of {shard.dtype}, and meta.json lists {tokens:,} of {dtype}')
+            raise ValueError(f'it holds {shard.tokens:,} ids of {shard.dtype}, '
+                             f'and meta.json lists {tokens:,} of {dtype}')
         return shard._replace(changed=stat.st_mtime_ns)
     except (OSError, ValueError) as error:
         sys.exit(f'{path} is damaged ({error}): copy it again, or prepare the dataset anew')
@@ -225,7 +229,7 @@ def verify(dataset):
             damaged += 1
     if damaged:
         sys.exit(f'{damaged} of {len(paths)} shards are damaged')
-    print(f'all {len(paths)} shards are whole' + ('' if meta.shards else ' (there is no meta.json with their sha256)'))
+    print(f'all {len(paths)} shards are whole' + ('' if meta.shards else ', as far as one can tell without meta.json'))
 
 
 if __name__ == '__main__':

@@ -22,16 +22,17 @@ import torch
 from data.dataset import Split
 
 AHEAD = 4       # batches made at once while the model is busy with the last ones
-ROUNDS = 6      # of the permutation's Feistel network; with fewer, the orders of three blocks are not equally likely
+ROUNDS = 6      # of the permutation's Feistel network; with 4, not every order of three blocks is as likely
 
 
 class Loader:
     """
     Batches of a split of a dataset, or of a mixture ('a:0.7,b:0.3').
 
-    Micro-batch m of the whole job holds the blocks [m * world_size * batch_size, (m + 1) * world_size * batch_size)
-    of the order, and process `rank` takes the rank-th part of them: the job reads the same whatever its number of
-    processes. Attributes: tokenizer (its name), vocab_size, eot.
+    Micro-batch m of the whole job holds the blocks [m * W * B, (m + 1) * W * B) of the order, for W = world_size
+    and B = batch_size, and process `rank` takes the rank-th B of them: the job reads the same blocks whatever its
+    number of processes. Attributes: tokenizer (its name), vocab_size, eot. A dataset that is missing, damaged or
+    too small, or a mixture that makes no sense, ends the program with one line that says so.
     """
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
@@ -47,14 +48,14 @@ class Loader:
                 sys.exit(f'{self.splits[0].folder} has the tokenizer {self.tokenizer} and {data.folder} has '
                          f'{data.tokenizer}: a mixture needs one tokenizer')
             if data.n_tokens <= block_size:
-                sys.exit(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block of '
-                         f'block_size={block_size} and the token that follows it')
+                sys.exit(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block '
+                         f'of block_size={block_size} and the token that follows it')
         self.batch_size, self.block_size, self.rank, self.world_size = batch_size, block_size, rank, world_size
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
-        if self.device.type == 'cuda' and self.device.index is None:    # to a new thread 'cuda' would mean the first
+        if self.device.type == 'cuda' and self.device.index is None:    # in a new thread, cuda means cuda:0
             self.device = torch.device('cuda', torch.cuda.current_device())
         self.n_blocks = [(data.n_tokens - 1) // block_size for data in self.splits]
-        self.drawn = [0] * len(mixture)         # blocks of each dataset that the whole job was given: the position
+        self.drawn = [0] * len(mixture)     # blocks of each dataset that the whole job was given: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
 
     @functools.cached_property
@@ -92,7 +93,8 @@ class Loader:
         """(count,) int64: the dataset that each of these blocks of the whole order comes from."""
         if len(self.weights) == 1:
             return np.zeros(count, np.int64)
-        chance = hash64(np.arange(first, first + count, dtype=np.uint64), stream_keys(self.seed, 'mixture')[0]) / 2**64
+        number = np.arange(first, first + count, dtype=np.uint64)
+        chance = hash64(number, stream_keys(self.seed, 'mixture')[0]) / 2**64       # in [0, 1)
         return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
 
     def blocks(self, k, places):
@@ -111,16 +113,17 @@ class Loader:
         batch[0, len(ids):], batch[1, len(ids):] = 0, -1
         batch = torch.from_numpy(batch)
         if self.device.type == 'cuda':
-            torch.cuda.set_device(self.device)  # this thread's, whose pinned memory would be the first one's
-            batch = batch.pin_memory()
-        x, y = batch.to(self.device, non_blocking=True)
+            torch.cuda.set_device(self.device)      # this thread's; pinning makes a context on it
+            x, y = batch.pin_memory().to(self.device, non_blocking=True)
+        else:
+            x, y = batch.to(self.device)
         return x, y
 
     def eval_batches(self, n_batches):
         """
-        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each call,
-        shared among the processes. Every process gets the same number of x, y: (B, T); a row without a block has
-        y = -1. A mixture is evaluated one of its `parts` at a time.
+        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each
+        call, shared among the processes. Every process gets the same number of x, y: (B, T), since all must take
+        part in each forward pass; a row that no block is left for has y = -1. A mixture goes by its `parts`.
         """
         assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
@@ -141,7 +144,7 @@ class Loader:
                 for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
     def load_state_dict(self, state):
-        """Goes on at that position. A dataset that has another order now, or is new in the mixture, begins anew."""
+        """Goes on at that position. A dataset with another order now, or new in the mixture, begins anew."""
         self.ready, self.coming, self.drawn = deque(), None, [0] * len(self.names)
         for k, (name, now) in enumerate(self.state_dict().items()):
             then = state.get(name, now)
@@ -165,7 +168,8 @@ def parse_mixture(dataset):
                 return {dataset: 1.0}           # a folder, whatever its name
             weight = 0.0
         if not name or not 0 < weight < math.inf:
-            sys.exit(f"dataset={dataset}: '{item.strip()}' should be a dataset and a positive weight, as in a:0.7,b:0.3")
+            sys.exit(f"dataset={dataset}: '{item.strip()}' should be a dataset and a positive weight, "
+                     'as in a:0.7,b:0.3')
         if name in mixture:
             sys.exit(f'dataset={dataset}: {name} is there twice')
         mixture[name] = weight
@@ -182,7 +186,7 @@ def short_names(dataset, names, splits):
 
 def permute(index, n, keys):
     """
-    Where the permutation of range(n) that belongs to `keys` takes each of `index` (int64 array), without holding it.
+    Where the permutation of range(n) that belongs to `keys` takes each of `index` (int64), without holding it.
 
     A Feistel network on the pairs (i // b, i % b), a few more than n; what lands on n or beyond walks on until it
     doesn't (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").

@@ -155,7 +155,7 @@ def flip(path):
 
 
 SHARD, META = 'train_000001.npy', 'meta.json'
-DAMAGE = {      # what happened to train_000001.npy or to meta.json: (how, the file that is named, words of the line)
+DAMAGE = {      # what happened to a shard or to meta.json: (how, the file that is named, words of the line)
     'truncated': (cut, SHARD, 'damaged'),
     'too long': (lengthen, SHARD, 'header promises'),
     'empty': (lambda path: path.write_bytes(b''), SHARD, 'damaged'),
@@ -232,7 +232,7 @@ def test_no_dataset(tmp_path):
         dataset.no_dataset, ROOT / 'data' / 'stdlib')
     assert 'no dataset in data/fineweb_edu_10B: run `python prepare_fineweb.py`' in complaint(
         dataset.no_dataset, ROOT / 'data' / 'fineweb_edu_10B')
-    assert 'no dataset in data/no_such_name: `python prepare_fineweb.py --help`' in complaint(
+    assert 'no dataset in data/no_such_name: `python prepare_fineweb.py --out_dir=data/no_such_name`' in complaint(
         Split, 'no_such_name', 'train')
     assert f'no dataset in {tmp_path}' in complaint(Split, str(tmp_path), 'train')
     (tmp_path / 'prepare.py').touch()
@@ -273,7 +273,8 @@ def test_a_name_means_the_folder_under_data(tmp_path, monkeypatch):
 
 
 def verify(folder):
-    return subprocess.run([sys.executable, '-m', 'data.dataset', str(folder)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-m', 'data.dataset', str(folder)], cwd=ROOT,
+                          capture_output=True, text=True)
 
 
 def test_verify(tmp_path):

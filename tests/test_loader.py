@@ -1,4 +1,4 @@
-"""The order of training: every block once an epoch, the same for any number of processes, and exact after a resume."""
+"""The order of training: each block once an epoch, the same for any number of processes, exact after a resume."""
 import collections
 import io
 import subprocess
@@ -20,7 +20,8 @@ T, N = 8, 101       # block size; blocks of the dataset `counting`
 def counting(tmp_path_factory):
     """A dataset whose every id is its own position, so that a block tells where it comes from."""
     ids = np.arange(N * T + 1 + 5)      # the last 5 don't fill a block
-    return write_dataset(tmp_path_factory.mktemp('data') / 'counting', vocab_size=2**20, dtype='uint32', train=ids, val=ids)
+    folder = tmp_path_factory.mktemp('data') / 'counting'
+    return write_dataset(folder, vocab_size=2**20, dtype='uint32', train=ids, val=ids)
 
 
 @pytest.fixture(scope='module')
@@ -174,7 +175,8 @@ def test_a_mixture_has_its_shares(mixture):
 
 
 def test_the_seed_makes_the_mixture(mixture):
-    sources = [[block // 10_000 for block in draw(Loader(mixture, 'train', 20, T, seed=seed), 5)] for seed in (1, 1, 2)]
+    sources = [[block // 10_000 for block in draw(Loader(mixture, 'train', 20, T, seed=seed), 5)]
+               for seed in (1, 1, 2)]
     assert sources[0] == sources[1] != sources[2]
 
 
@@ -269,7 +271,7 @@ loader = Loader(sys.argv[1], 'train', 64, 64)
 for _ in range(20):
     loader.next_batch()
 before = megabytes()
-for _ in range(2000):
+for _ in range(1000):
     loader.next_batch()
 print(megabytes() - before)
 '''
@@ -277,7 +279,7 @@ print(megabytes() - before)
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_does_not_grow_with_the_dataset(tmp_path):
-    """Of 2 GB (a file of holes, which takes no room) 128,000 blocks are read; a map would keep 500 MB of them."""
+    """Of 2 GB (a file of holes, which takes no room) 64,000 blocks are read; a map would keep 250 MB of them."""
     with open(tmp_path / 'fineweb_train_000001.bin', 'wb') as file:
         file.write(bin_header(10**9))
         file.truncate(1024 + 2 * 10**9)
