@@ -32,8 +32,8 @@ NAME = 'ckpt.pt'  # in out_dir
 def training_state(model, optimizers):
     """{'model': …, 'optimizer': …} by the names of the model's parameters: copies on the CPU of the first process,
     whole tensors for any layout. All processes take part; the others' dictionaries stay empty."""
-    first = {id(p): name for name, p in model.named_parameters()}
     weights = get_model_state_dict(model, options=WHOLE)
+    first = {id(p): name for name, p in model.named_parameters()}
     if weights:  # tied weights were gathered one by one
         weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
     state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
