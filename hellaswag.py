@@ -86,7 +86,8 @@ def load_items(path='', limit=0):
     try:
         with open(path, encoding='utf-8') as f:
             for number, line in enumerate(f, 1):
-                where, item = f'{path}:{number}', json.loads(line)
+                where = f'{path}:{number}'
+                item = json.loads(line)
                 missing = [key for key in ('ctx', 'label', 'endings') if key not in item]
                 if missing:
                     sys.exit(f'{where}: the item has no {" and no ".join(missing)}')
