@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import SHARED, TINY, losses, run
 from data import dataset
 from data.dataset import Split
 
@@ -101,28 +102,48 @@ def test_a_dataset_made_anew_in_the_same_place_is_read_anew(tmp_path):
         check_reads(Split(str(tmp_path), 'train'), train)
 
 
-FOREIGN = {     # what people have: {file: how it is written}
-    'build-nanogpt': {'edufineweb_train_000001.npy': 'npy', 'edufineweb_train_000002.npy': 'npy',
-                      'edufineweb_val_000000.npy': 'npy'},
-    'modded-nanogpt': {'fineweb_train_000001.bin': 'bin', 'fineweb_train_000002.bin': 'bin',
-                       'fineweb_val_000000.bin': 'bin'},
-    'llm.c': {'tiny_shakespeare_train.bin': 'bin', 'tiny_shakespeare_val.bin': 'bin'},
-    'nanoGPT': {'train.bin': 'raw', 'val.bin': 'raw'}}
+def write_foreign(path, tokens, kind):
+    if kind == 'npy':
+        np.save(path, tokens)
+    else:
+        path.write_bytes((bin_header(len(tokens)) if kind == 'bin' else b'') + tokens.tobytes())
 
 
-@pytest.mark.parametrize('project', FOREIGN)
-def test_other_peoples_shards(tmp_path, project):
-    written = {'train': [], 'val': []}
-    for i, (file, kind) in enumerate(FOREIGN[project].items()):
-        tokens = ids(1500 + i, i).astype(np.uint16)
-        if kind == 'npy':
-            np.save(tmp_path / file, tokens)
-        else:
-            (tmp_path / file).write_bytes((bin_header(len(tokens)) if kind == 'bin' else b'') + tokens.tobytes())
-        written['train' if 'train' in file else 'val'].append(tokens)
-    for split, tokens in written.items():
-        check_reads(Split(str(tmp_path), split), np.concatenate(tokens))
+FOREIGN = {     # what people have: {project: ({split: files}, how they are written)}
+    'build-nanogpt': ({'train': ['edufineweb_train_000001.npy', 'edufineweb_train_000002.npy'],
+                       'val': ['edufineweb_val_000000.npy']}, 'npy'),
+    'modded-nanogpt': ({'train': ['fineweb_train_000001.bin', 'fineweb_train_000002.bin'],
+                        'val': ['fineweb_val_000000.bin']}, 'bin'),
+    'llm.c': ({'train': ['tiny_shakespeare_train.bin'], 'val': ['tiny_shakespeare_val.bin']}, 'bin'),
+    'nanoGPT': ({'train': ['train.bin'], 'val': ['val.bin']}, 'raw')}
+
+
+@pytest.mark.parametrize('splits, kind', FOREIGN.values(), ids=FOREIGN)
+def test_other_peoples_shards(tmp_path, splits, kind):
+    for split, files in splits.items():
+        tokens = ids(3000, len(split)).astype(np.uint16)
+        for file, part in zip(files, np.array_split(tokens, len(files))):
+            write_foreign(tmp_path / file, part, kind)
+    for split in splits:
+        check_reads(Split(str(tmp_path), split), ids(3000, len(split)))
     assert Split(str(tmp_path), 'val').tokenizer == 'gpt2'
+
+
+def test_training_and_sampling_from_other_peoples_shards(tmp_path):
+    """The same tokens in each format give the same losses, and from the checkpoint comes text."""
+    seen = []
+    for project in 'build-nanogpt', 'modded-nanogpt', 'nanoGPT':
+        splits, kind = FOREIGN[project]
+        (tmp_path / project).mkdir()
+        for files in splits.values():
+            write_foreign(tmp_path / project / files[0], ids(4000).astype(np.uint16), kind)
+        out_dir = tmp_path / f'out-{project}'
+        run('train.py', *TINY, '--max_iters=2', f'--dataset={tmp_path / project}', f'--out_dir={out_dir}')
+        seen.append(losses(out_dir))
+    assert len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
+    if not (SHARED / 'tiktoken').is_dir():
+        pytest.skip("sampling needs GPT-2's vocabulary")
+    assert run('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=8', '--device=cpu').out
 
 
 def rewrite_meta(**changes):
