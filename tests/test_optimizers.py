@@ -1,0 +1,70 @@
+"""Which parameter gets which update, and Muon beside PyTorch's own."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizers import Muon, configure_optimizers, orthogonalize
+
+TINY = dict(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=64)
+
+
+def grouped(model, optimizer):
+    """{parameter's name: (class of its optimizer, its weight decay)}"""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: (type(opt).__name__, group['weight_decay'])
+            for opt in configure_optimizers(model, optimizer, 1e-3, 0.1, (0.9, 0.95))
+            for group in opt.param_groups for p in group['params']}
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_every_parameter_is_updated_once_and_only_matrices_decay(optimizer):
+    model = GPT(GPTConfig(**TINY))
+    groups = grouped(model, optimizer)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert groups[name][1] == (0.1 if p.dim() == 2 else 0.0), name
+
+
+def test_muon_takes_the_matrices_in_the_blocks_and_adamw_the_rest():
+    kinds = {name: kind for name, (kind, _) in grouped(GPT(GPTConfig(**TINY)), 'muon').items()}
+    assert kinds['transformer.h.1.mlp.c_fc.weight'] == kinds['transformer.h.0.attn.c_attn.weight'] == 'Muon'
+    assert kinds['transformer.wte.weight'] == kinds['transformer.wpe.weight'] == kinds['transformer.ln_f.weight'] == 'AdamW'
+
+
+def test_orthogonalize_makes_all_singular_values_about_one():
+    torch.manual_seed(0)
+    x = torch.randn(3, 32, 64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    y = orthogonalize(x)
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.nn.functional.cosine_similarity(y.flatten(1), (u @ vh).flatten(1)).min() > 0.97
+
+
+def test_muon_makes_the_steps_of_pytorchs():
+    torch.manual_seed(0)
+    start = [torch.randn(48, 32), torch.randn(32, 48), torch.randn(48, 32)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = (Muon(ours, [(len(p),) for p in ours], lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'))
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for opt in optimizers:
+            opt.step()
+    for p, q, x in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - x).norm()  # PyTorch iterates in bfloat16
+
+
+def test_queries_keys_and_values_are_matrices_of_their_own():
+    torch.manual_seed(0)
+    whole = torch.nn.Parameter(torch.zeros(96, 32))
+    parts = [torch.nn.Parameter(torch.zeros(32, 32)) for _ in range(3)]
+    whole.grad = torch.randn(96, 32) * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(32)[:, None]
+    for p, grad in zip(parts, whole.grad.split(32)):
+        p.grad = grad.clone()
+    Muon([whole], [(32, 32, 32)], lr=1.0).step()
+    Muon(parts, [(32,)] * 3, lr=1.0).step()
+    assert torch.allclose(whole, torch.cat(list(parts)), atol=1e-6)
