@@ -123,6 +123,7 @@ def find_folder(dataset):
 
 def no_dataset(folder):
     """Exits, naming the folder and the command that fills it."""
+    folder = folder.absolute()
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     script = 'prepare_fineweb.py' if folder == ROOT / 'data' / 'fineweb_edu_10B' else place / 'prepare.py'
     if (ROOT / script).exists():

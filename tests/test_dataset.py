@@ -248,13 +248,15 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_in_use(tmp_path):
     assert f'{tmp_path / SHARD} was there at the start' in complaint(split.read, np.array([1300]), 64)
 
 
-def test_no_dataset(tmp_path):
+def test_no_dataset(tmp_path, monkeypatch):
     assert 'no dataset in data/stdlib: run `python data/stdlib/prepare.py`' in complaint(
         dataset.no_dataset, ROOT / 'data' / 'stdlib')
     assert 'no dataset in data/fineweb_edu_10B: run `python prepare_fineweb.py`' in complaint(
         dataset.no_dataset, ROOT / 'data' / 'fineweb_edu_10B')
     assert 'no dataset in data/no_such_name: `python prepare_fineweb.py --out_dir=data/no_such_name`' in complaint(
         Split, 'no_such_name', 'train')
+    monkeypatch.chdir(ROOT)
+    assert 'no dataset in data/none: ' in complaint(Split, './data/none', 'train')
     assert f'no dataset in {tmp_path}' in complaint(Split, str(tmp_path), 'train')
     (tmp_path / 'prepare.py').touch()
     assert f'run `python {tmp_path}/prepare.py`' in complaint(Split, str(tmp_path), 'train')
