@@ -39,7 +39,8 @@ class GPT2:
         """
         joined = valid(END_OF_TEXT + END_OF_TEXT.join(texts))
         if joined.count(END_OF_TEXT) != len(texts):  # a text holds these characters itself: one by one
-            return one_by_one(self, texts)
+            eot = np.array([self.eot], self.dtype)
+            return np.concatenate([eot[:0], *(part for text in texts for part in (eot, self.encode(text)))])
         return self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(self.dtype)
 
     def decode_bytes(self, ids):
@@ -59,7 +60,10 @@ class Bytes:
 
     def encode_documents(self, texts):
         """The bytes of many texts, each preceded by the end-of-text id, (n,) uint16."""
-        return one_by_one(self, texts)
+        joined = b''.join(b'\xff' + valid(text).encode() for text in texts)  # no UTF-8 has the byte 255
+        ids = np.frombuffer(joined, np.uint8).astype(self.dtype)
+        ids[ids == 255] = self.eot
+        return ids
 
     def decode_bytes(self, ids):
         return b''.join(END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in plain(ids))
@@ -78,11 +82,6 @@ def get_tokenizer(name):
     if name not in TOKENIZERS:
         sys.exit(f"no tokenizer is called '{name}': there are {' and '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()
-
-
-def one_by_one(tokenizer, texts):
-    eot = np.array([tokenizer.eot], tokenizer.dtype)
-    return np.concatenate([part for text in texts for part in (eot, tokenizer.encode(text))] or [eot[:0]])
 
 
 def plain(ids):

@@ -1,17 +1,24 @@
 """
-Data: how fast batches come.
+Data: how fast text becomes tokens, and how fast batches of them come.
 
     python tests/bench_data.py --peer=../build-nanogpt
     python tests/bench_data.py --peer=../nanoGPT
 
 Ours and the peer's run in turns, in one process, on the same random tokens from the page cache; the rates are
 medians. Ours draw shuffled blocks and check every id; build-nanogpt slices shards in sequence, and nanoGPT draws
-random crops.
+random crops. Texts are the standard library's, in pieces of 4,000 characters, in memory for all; tiktoken alone
+throws its tokens away.
 """
 import ast
+import contextlib
+import io
+import json
+import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import configure
 from data.loader import Loader
+from data.prepare import corpus_of, prepare
+from data.tokenizer import get_tokenizer
 
 peer = ''  # a checkout of build-nanogpt or nanoGPT
 tokens = 100_000_000  # in the dataset
@@ -32,6 +41,63 @@ batch_size = 16
 block_size = 1024
 seconds = 1.0  # of each in turn
 rounds = 5
+megabytes = 48  # of text to tokenize
+num_proc = 2  # workers that tokenize
+
+
+def bench_tokenizing():
+    print(f'tokenizing {megabytes} MB with {num_proc} workers, M tokens/s (bytes: MB/s)')
+    files = sorted(Path(sysconfig.get_path('stdlib')).rglob('*.py'))
+    text = ''.join(file.read_text(encoding='utf-8', errors='ignore') for file in files)
+    pieces = [text[i:i + 4000] for i in range(0, len(text), 4000)]
+    texts = (pieces * (megabytes * 1_000_000 // len(text) + 1))[:megabytes * 250]
+    ways = {('ours', 'gpt2'): lambda: prepare_rate(texts, 'gpt2'), ('ours', 'bytes'): lambda: prepare_rate(texts, 'bytes'),
+            ('tiktoken alone', 'gpt2'): lambda: tiktoken_rate(texts)}
+    if (Path(peer) / 'fineweb.py').exists():
+        ways[Path(peer).name, 'gpt2'] = lambda: peer_rate(texts)
+    report(in_turns(ways))
+
+
+def prepare_rate(texts, tokenizer):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        began = time.perf_counter()
+        prepare(folder, corpus_of(texts), tokenizer=tokenizer, num_proc=num_proc)
+        seconds = time.perf_counter() - began
+        meta = json.loads(Path(folder, 'meta.json').read_text())
+    return sum(meta['tokens'].values()) / seconds / 1e6
+
+
+def tiktoken_rate(texts):
+    """One call a document in each of `num_proc` processes, which have the texts already."""
+    global encode_share
+
+    def encode_share(i):
+        bpe = get_tokenizer('gpt2').bpe
+        return sum(len(bpe.encode_to_numpy(text, disallowed_special=())) for text in texts[i::100])
+
+    with multiprocessing.get_context('fork').Pool(num_proc) as pool:
+        began = time.perf_counter()
+        return sum(pool.imap_unordered(encode_share, range(100))) / (time.perf_counter() - began) / 1e6
+
+
+def peer_rate(texts):
+    """build-nanogpt's script as it is, but for where it gets the documents from, and with `num_proc` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, 'texts.json').write_text(json.dumps(texts))
+        Path(folder, 'fineweb.py').write_text((Path(peer) / 'fineweb.py').read_text())
+        code = (f'import datasets, json, os, runpy, time\n'
+                f'documents = [dict(text=text) for text in json.load(open("texts.json"))]\n'
+                f'def load_dataset(*args, **kwargs):\n'
+                f'    global began\n'
+                f'    began = time.perf_counter()\n'
+                f'    return documents\n'
+                f'datasets.load_dataset = load_dataset\n'
+                f'os.cpu_count = lambda: {2 * num_proc}\n'
+                f'runpy.run_path("fineweb.py", run_name="__main__")\n'
+                f'print(time.perf_counter() - began)\n')
+        done = subprocess.run([sys.executable, '-c', code], cwd=folder, check=True, capture_output=True, text=True)
+        shards = Path(folder, 'edu_fineweb10B').glob('*.npy')
+        return sum(len(np.load(shard)) for shard in shards) / float(done.stdout.split()[-1]) / 1e6
 
 
 def bench_loader():
@@ -110,4 +176,6 @@ def report(rates):
 
 if __name__ == '__main__':
     configure(globals())
+    peer = os.path.abspath(peer) if peer else ''
+    bench_tokenizing()
     bench_loader()
