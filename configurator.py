@@ -91,7 +91,8 @@ def run_file(file, config, defaults):
             if k in defaults or (k in lines and is_setting(k, value))}
 
 def fail(message):
-    print(' '.join(message.split()), file=sys.stderr)  # an exception's text may have several lines
+    if os.environ.get('RANK', '0') == '0':  # of torchrun's processes, which all read the same, one speaks
+        print(' '.join(message.split()), file=sys.stderr)  # an exception's text may have several lines
     sys.exit(2)
 
 def print_help(script, defaults):

@@ -1,0 +1,78 @@
+"""What the tests that run scripts share: a small dataset, and running a script as a user does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+
+# a tiny GPT on the CPU in float32, 512 tokens a step
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=512',
+        '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_iters=2', '--max_iters=20', '--eval_interval=10',
+        '--eval_iters=4', '--device=cpu', '--dtype=float32', '--compile=False']
+
+
+def environment(**more):
+    """One thread a process, since processes share the cores, and no network."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONUNBUFFERED': '1', **more}
+    if (SHARED / 'tiktoken').is_dir():
+        env.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+    return env
+
+
+def command(script, *args, processes=0, torchrun=()):
+    """The command line that runs a script of the repository; under torchrun if processes are given."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ['-m', 'torch.distributed.run', *(torchrun or ['--standalone']), f'--nproc_per_node={processes}']
+    return [*launcher, str(ROOT / script), *map(str, args)]
+
+
+def start(script, *args, processes=0, torchrun=(), **env):
+    """The script as a running process (text pipes, a process group of its own)."""
+    return subprocess.Popen(command(script, *args, processes=processes, torchrun=torchrun), cwd=ROOT, text=True,
+                            env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def finish(process, timeout=240):
+    """Wait for a process that start() gave, and give it its stdout and stderr as text."""
+    try:
+        process.out, process.err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.out, process.err = process.communicate()
+        pytest.fail(f'still running after {timeout} s:\n{process.out}\n{process.err}')
+    return process
+
+
+def run(script, *args, expect=0, **how):
+    """The finished process of a script, which must exit with status `expect`."""
+    process = finish(start(script, *args, **how))
+    assert process.returncode == expect, f'exit status {process.returncode}\n{process.out}\n{process.err}'
+    return process
+
+
+def read_log(out_dir):
+    """The entries of a run's log without what a clock says."""
+    entries = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k not in ('ms', 'tokens_per_s', 'mfu')} for entry in entries]
+
+
+def losses(out_dir):
+    """{step: training loss}"""
+    return {entry['step']: entry['loss'] for entry in read_log(out_dir) if 'loss' in entry}
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """The standard library as bytes: a folder."""
+    folder = tmp_path_factory.mktemp('data') / 'stdlib'
+    run('data/stdlib/prepare.py', f'--out_dir={folder}')
+    return folder

@@ -1,0 +1,152 @@
+"""train.py as its user meets it: what it prints and writes, how it ends, and one plain line for each mistake."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, finish, losses, read_log, run, start
+
+
+def tiny(dataset, out_dir, *args):
+    return 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *args
+
+
+def test_a_run_learns_and_leaves_a_log_and_a_checkpoint(dataset, tmp_path):
+    out = run(*tiny(dataset, tmp_path / 'out', '--max_iters=60', '--eval_interval=30', '--sample_interval=60',
+                    '--learning_rate=1e-2')).out
+    steps = re.findall(r'^step (\d+)/60 \| loss ([\d.]+) \| lr (\S+) \| norm (\S+) \| (\d+) ms \| ([\d,]+) tokens/s \| '
+                       r'mfu ([\d.]+)% \| \d\d:\d\d:\d\d left$', out, re.MULTILINE)
+    assert [int(step) for step, *_ in steps] == list(range(1, 61))
+    assert len(re.findall(r"^  > ['\"].*['\"]$", out, re.MULTILINE)) == 4  # two samples before the first step, two at the end
+    log = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    assert [entry['step'] for entry in log if 'val_loss' in entry] == [0, 30, 60]
+    training = [entry for entry in log if 'loss' in entry]
+    assert all({'step', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu'} <= set(entry) for entry in training)
+    assert abs(training[0]['loss'] - 5.55) < 0.2  # ln 257
+    assert training[-1]['loss'] < 4 and log[-1]['val_loss'] < 4 < log[0]['val_loss']
+    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    assert checkpoint['iter_num'] == 60 and checkpoint['tokenizer'] == 'bytes'
+    text = run('sample.py', f'--out_dir={tmp_path / "out"}', '--num_samples=1', '--max_new_tokens=10').out
+    assert text.strip()
+
+
+def test_two_processes_train_as_one(dataset, tmp_path):
+    args = ['--total_batch_size=1024', '--grad_clip=0.5']
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, *tiny(dataset, tmp_path / 'one', *args))
+        two = pool.submit(run, *tiny(dataset, tmp_path / 'two', *args), processes=2)
+    out = two.result().out
+    assert len(re.findall(r'^step 20/20 \| loss', out, re.MULTILINE)) == 1  # one of them prints
+    one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
+    assert len(one) == 20 and one[20] < one[1] - 0.1
+    assert all(abs(one[step] - two[step]) < 1e-3 for step in one)
+    one, two = (([entry['val_loss'] for entry in read_log(tmp_path / name) if 'val_loss' in entry])
+                for name in ('one', 'two'))
+    assert one == pytest.approx(two, abs=1e-3)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize('processes', [0, 2], ids=['alone', 'torchrun'])
+def test_a_signal_ends_the_step_saves_and_exits(dataset, tmp_path, number, processes):
+    process = start(*tiny(dataset, tmp_path, '--max_iters=100000'), processes=processes)
+    for line in process.stdout:
+        if line.startswith('step 3/'):
+            break
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches all its processes
+    else:
+        process.send_signal(number)
+    finish(process)
+    assert 'train.py", line' not in process.err  # no traceback of ours
+    step = int(re.search(r'saved .*ckpt.pt at step (\d+); --init_from=resume goes on from it', process.out)[1])
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == step == max(losses(tmp_path))
+    if not processes:  # torchrun's own status says that it was stopped
+        assert process.returncode == 0 and process.err == ''
+
+
+def test_a_new_run_leaves_an_earlier_one_its_files(dataset, tmp_path):
+    for n in (1, 2, 3):
+        out = run(*tiny(dataset, tmp_path, f'--seed={n}', '--max_iters=1', '--eval_interval=1')).out
+        assert (n > 1) == ('held an earlier run' in out)
+    seeds = [torch.load(tmp_path / name, weights_only=True)['config']['seed']
+             for name in ('1.ckpt.pt', '2.ckpt.pt', 'ckpt.pt')]
+    assert seeds == [1, 2, 3] and (tmp_path / '2.log.jsonl').exists()
+
+
+MISTAKES = {  # arguments: what the one line must say
+    '--batch_size=0': 'batch_size',
+    '--batch_size=3': '480 or 576',
+    '--gradient_accumulation_steps=-1': 'gradient_accumulation_steps',
+    '--max_iters=0': 'max_iters',
+    '--eval_interval=0': 'eval_interval',
+    '--learning_rate=-1.0': 'learning_rate',
+    '--beta1=1.5': 'beta1',
+    '--weight_decay=-0.1': 'weight_decay',
+    '--grad_clip=-1.0': 'grad_clip',
+    '--n_head=5': 'n_embd=32 must be a multiple of n_head=5',
+    '--n_layer=0': 'n_layer',
+    '--dropout=1.0': 'dropout',
+    '--mlp=relu': 'gelu, relu2, swiglu',
+    '--position=alibi': 'learned, rope',
+    '--optimizer=sgd': 'adamw, muon',
+    '--lr_schedule=step': 'cosine, linear, wsd',
+    '--wsd_decay=0.0': 'wsd_decay',
+    '--dtype=int8': 'bfloat16',
+    '--device=tpu': 'tpu.*--device=cpu',
+    '--device=cuda:9': 'cuda:9.*--device=cpu',
+    '--compile=maybe': 'compile=maybe',
+    '--init_from=resume': 'no checkpoint .*ckpt.pt',
+    '--init_from=/nowhere': '/nowhere',
+    '--dataset=/nowhere': '/nowhere',
+    '--dataset=fineweb_edu_10B': 'python prepare_fineweb.py',
+    '--block_size=4000000 --total_batch_size=16000000': 'too few',
+    '--out_dir=/proc/nowhere': '/proc/nowhere',
+    '--seed=-1': 'seed',
+    '--max_bad_steps=0': 'max_bad_steps',
+    '--cpu_offload': 'cpu_offload',
+    '--parallel=fsdp': 'torchrun',
+    '--replicas=3 --parallel=fsdp': 'torchrun',
+    '--config=x': 'unknown setting config',
+    'config/nothing.py': 'no such file',
+    '--parallel=tensor': 'ddp, zero1, fsdp',
+    '--replicas=2': 'replicas',
+    '--activation_checkpointing=yes': 'True or False',
+    '--skip_spikes=-1.0': 'skip_spikes',
+    '--keep_checkpoints=-1': 'keep_checkpoints',
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_mistake_ends_in_one_line(dataset, tmp_path, monkeypatch, capsys, mistake):
+    """In this process, since starting so many would take minutes: what sys.exit is given is what the user reads."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, 'argv', list(tiny(dataset, tmp_path / 'out', *mistake.split())))
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # train.py has its own
+    precision = torch.get_float32_matmul_precision()
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path('train.py', run_name='__main__')
+    torch.set_float32_matmul_precision(precision)
+    err = capsys.readouterr().err
+    line = err.removesuffix('\n') if exit.value.code == 2 else exit.value.code
+    assert isinstance(line, str) and '\n' not in line and re.search(MISTAKES[mistake], line)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
+    for mistake, status, line in ('--dataset=/nowhere', 1, 'no dataset in'), ('--batch_sise=3', 2, 'did you mean'):
+        process = run(*tiny(dataset, tmp_path), mistake, processes=2, expect=1)  # torchrun's own status
+        assert process.err.count(line) == 1, process.err
+        assert f'exitcode  : {status}' in process.err
+
+
+def test_a_process_alone_ends_in_one_line_and_a_status(dataset, tmp_path):
+    assert run(*tiny(dataset, tmp_path, '--n_head=5'), expect=1).err == 'n_embd=32 must be a multiple of n_head=5\n'
+    assert run(*tiny(dataset, tmp_path, '--n_heads=5'), expect=2).err.count('\n') == 1
