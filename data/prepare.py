@@ -53,10 +53,12 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     corpora = {'val': val, 'train': train} if val else {'': train}
     out_dir = Path(out_dir)
     try:
-        state = earlier(out_dir, source, settings)
-        if 'format' not in state:
-            write_shards(out_dir, corpora, state, num_proc or cores(), total)
-            state = finish(out_dir, state)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with locked(out_dir):
+            state = earlier(out_dir, source, settings)
+            if 'format' not in state:
+                write_shards(out_dir, corpora, state, num_proc or cores(), total)
+                state = finish(out_dir, state)
     except KeyboardInterrupt:
         sys.exit(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
     except OSError as error:  # a full disk, a network that went away
@@ -104,7 +106,7 @@ def write_shards(out_dir, corpora, state, num_proc, total):
                 bar.update(written - bar.n)
                 if total and counts['in']:
                     bar.total = round(written / counts['in'] * total)
-                if written == max_tokens:
+                if max_tokens and written == max_tokens:
                     break
             one_shard = split == '' and not shards  # of which the first tenth is for validation
             if shard.tokens < 1 + one_shard and not any(entry['file'].startswith(split or 'train') for entry in shards):
@@ -238,12 +240,29 @@ class Shard:
         return entry
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Nobody else prepares the folder meanwhile. The system forgets such a lock with the process that holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        sys.exit(f'{folder} is being prepared by another process')
+    finally:
+        os.close(descriptor)
+
+
 def earlier(out_dir, source, settings):
     """
     What an earlier run left in the folder: meta.json if it is complete, else progress.json, and if there is
     nothing to lose, the beginning. Exits if its shards are made of something else, or are not all there.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
     new = json.loads(json.dumps({'source': source, 'settings': settings, 'shards': [], 'place': None}))
     there = {path.name for path in out_dir.glob('*.npy')}
     files = [path for path in (out_dir / 'meta.json', out_dir / 'progress.json') if path.exists()]

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SHARED, finish, run, start
 
+from data import prepare as engine
 from data.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer('bytes')
@@ -83,6 +84,11 @@ def test_small_text_gives_a_tenth_to_validation_and_max_tokens_is_exact(tmp_path
     assert len(stream(tmp_path / 'one', 'val')) == 50       # a single whole shard leaves something to train on
 
 
+def test_documents_that_come_to_nothing_do_not_end_it(tmp_path):
+    engine.prepare(tmp_path / 'out', engine.corpus_of([''] * 250_000 + TEXTS), tokenizer='bytes', num_proc=2)
+    assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)).all()
+
+
 # -----------------------------------------------------------------------------
 # interruption
 
@@ -120,7 +126,7 @@ def test_killed_while_it_cleans(tmp_path, source):
     where = f'--dataset={tmp_path}/raw' if source == 'hub' else f'--data_files={tmp_path}/raw/*'
     args = [where, '--tokenizer=bytes', '--shard_size=50_000', '--clean']
     run('prepare_fineweb.py', f'--out_dir={tmp_path}/whole', *args)
-    killed('prepare_fineweb.py', tmp_path / 'killed', *args, times=3, seed=2, pause=0.1)
+    killed('prepare_fineweb.py', tmp_path / 'killed', *args, times=2, seed=2, pause=0.1)
     assert files_of(tmp_path / 'killed') == files_of(tmp_path / 'whole')
     counts = json.loads((tmp_path / 'whole/meta.json').read_text())['documents']
     assert counts['in'] == 24_000 and counts['duplicate'] == 24_000 - 1000
@@ -159,6 +165,26 @@ def test_other_settings_are_refused(tmp_path):
     assert files_of(tmp_path / 'out') == before
     (tmp_path / 'out/meta.json').unlink()
     assert 'nothing says what made it' in complaint(tmp_path / 'out', *again)
+
+
+def test_two_at_once_are_refused(tmp_path):
+    process = start('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000')
+    while not (tmp_path / 'out/progress.json').exists() and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGSTOP)
+    err = run('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000', expect=1).err
+    os.killpg(process.pid, signal.SIGCONT)
+    assert err == f'{tmp_path}/out is being prepared by another process\n'
+    assert finish(process).returncode == 0
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    process = start('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000')
+    while not list((tmp_path / 'out').glob('*.npy')) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process).returncode == 1
+    assert process.err == f'interrupted: the same command goes on from the last whole shard in {tmp_path}/out\n'
 
 
 # -----------------------------------------------------------------------------
