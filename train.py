@@ -206,10 +206,10 @@ def learning_rate_at(step):
 
 
 @torch.no_grad()
-def validation_loss():
+def validation_loss(data):
     """The mean loss in nats over the same tokens each time, computed by all processes together."""
     total = count = 0
-    for x, y in val_data.eval_batches(eval_iters):
+    for x, y in data.eval_batches(eval_iters):
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
@@ -235,9 +235,14 @@ def evaluate():
     """Score the model as it is now. Returns what the log will hold of it."""
     model.eval()
     began = time.perf_counter()
-    val_loss = validation_loss()
+    losses = {name: validation_loss(data) for name, _, data in val_data.parts}
+    val_loss = sum(weight * losses[name] for name, weight, _ in val_data.parts)
     result = {'step': step, 'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
     line = f'step {step}/{max_iters} | val loss {val_loss:.4f} | perplexity {result["perplexity"]:.2f}'
+    if len(losses) > 1:  # a mixture
+        result |= {'val_losses': losses, 'drawn': train_data.stats()}
+        line += ''.join(f' | {name} {losses[name]:.4f}, {drawn["share"]:.1%} of the blocks, {drawn["epochs"]:.2f} epochs'
+                        for name, drawn in result['drawn'].items())
     if due(hellaswag_interval):
         with torch.compiler.set_stance('force_eager'):
             scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
