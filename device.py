@@ -68,13 +68,13 @@ def synchronize(device):
 
 def peak_flops(dtype, device):
     """FLOP/s this device could do: from its datasheet if it is a known GPU, else the best of five large matrix
-    products, measured now (about a second on a CPU)."""
+    products, measured now (a fifth of a second on a CPU)."""
     if 'cuda' in device:
         name = torch.cuda.get_device_name()
         for gpu, flops in PEAK_FLOPS.items():
             if gpu in name and dtype != 'float32':
                 return flops
-    n = 4096 if 'cuda' in device else 2048
+    n = 4096 if 'cuda' in device else 1024
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     best = float('inf')
     for _ in range(5):
