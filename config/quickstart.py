@@ -1,0 +1,34 @@
+# A first GPT in a minute and a half on two cores: 0.8M parameters that learn to write like Python's standard library.
+# python data/stdlib/prepare.py
+# python train.py config/quickstart.py
+# python sample.py --out_dir=out-quickstart
+
+out_dir = 'out-quickstart'
+dataset = 'stdlib'
+eval_interval = 100
+eval_iters = 20
+log_interval = 10
+sample_interval = 200
+
+batch_size = 16
+gradient_accumulation_steps = 1
+block_size = 128
+
+# config/gpt2_fast.py's recipe, small
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = False
+position = 'rope'
+norm = 'rmsnorm'
+qk_norm = True
+mlp = 'relu2'
+zero_init = True
+
+optimizer = 'muon'
+learning_rate = 5e-3
+min_lr = 0.0
+lr_schedule = 'linear'
+warmup_iters = 20
+max_iters = 500
+compile = False  # it is done before compiling pays

@@ -1,0 +1,31 @@
+# Shakespeare byte by byte on a CPU, with what has been learned since GPT-2: see config/gpt2_fast.py.
+# python data/shakespeare_char/prepare.py
+# python train.py config/shakespeare_char_fast.py
+
+out_dir = 'out-shakespeare-char-fast'
+dataset = 'shakespeare_char'
+eval_interval = 300
+eval_iters = 54  # all of it
+log_interval = 10
+
+batch_size = 16
+gradient_accumulation_steps = 1
+block_size = 128
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = False
+position = 'rope'
+norm = 'rmsnorm'
+qk_norm = True
+mlp = 'relu2'
+zero_init = True
+
+optimizer = 'muon'
+learning_rate = 5e-3
+min_lr = 0.0
+lr_schedule = 'linear'
+warmup_iters = 20
+max_iters = 600
+compile = False  # it is done before compiling pays
