@@ -9,6 +9,7 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -329,7 +330,8 @@ class GPT(nn.Module):
             positions, mask = None, None
             if empty is not None:  # a window that slides loses its empty columns first
                 positions, mask = left_padded((empty - (T + i - S)).clamp(min=0), S, new.size(1))
-            logits, _ = self(new, positions=positions, mask=mask, cache=cache)
+            with vector_kernels(new.numel() == 1):
+                logits, _ = self(new, positions=positions, mask=mask, cache=cache)
             logits = penalize(logits[:, -1].float(), idx, repetition_penalty)  # (B, V)
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)
@@ -370,6 +372,18 @@ def with_vocab_rows(state_dict, rows):
     """state_dict with its two (V, C) matrices padded with zeros, or cut, to that many rows."""
     vocab = ('transformer.wte.weight', 'lm_head.weight')
     return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in vocab else w for k, w in state_dict.items()}
+
+
+@contextmanager
+def vector_kernels(on):
+    """While on, bfloat16 products on a CPU take PyTorch's own kernels instead of oneDNN's: for a matrix and one vector
+    these are twice as fast, for more vectors they are slower."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not on
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def left_padded(empty, S, T):

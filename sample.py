@@ -4,53 +4,155 @@ Text from a trained GPT.
 From your own checkpoint:   python sample.py --out_dir=out
 From GPT-2's weights:       python sample.py --init_from=gpt2-xl --start='What is the answer to life?'
 From a file's text:         python sample.py --start=FILE:prompt.txt
+For each line of a file:    python sample.py --prompts=lines.txt --num_samples=1 --json
+As long as you type:        python sample.py --interactive
 """
 
+import codecs
+import signal
 import sys
+from json import dumps
 
 import torch
 
 from checkpoint import load_model
 from configurator import configure
 from data.tokenizer import get_tokenizer
-from device import autocast, pick_device, pick_dtype
+from device import DTYPES, autocast, pick_device, pick_dtype
+from model import check_sampling
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
-init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
+init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder, a checkpoint's file
 start = ''  # the text to continue, or FILE:prompt.txt; nothing: a new document
-num_samples = 5  # drawn together, as one batch
+prompts = ''  # a file with a text to continue in each line, instead of start
+interactive = False  # read texts to continue from the keyboard: Ctrl-C stops a sample, Ctrl-D ends
+num_samples = 5  # of each text; one of each when interactive
+batch_size = 16  # samples written together
 max_new_tokens = 500  # in each sample
+stop = False  # end a sample where the model ends its document
 temperature = 0.8  # 1.0 as the model learned it, less is more careful, 0 takes the likeliest token
 top_k = 200  # only the so many likeliest tokens; 0 is off
 top_p = 1.0  # only the likeliest tokens that together reach this probability; 1.0 is off
-seed = 1337
+min_p = 0.0  # only tokens at least so many times as likely as the likeliest; 0.0 is off
+repetition_penalty = 1.0  # above 1.0 makes tokens that were there before less likely
+seed = 1337  # of a text's first sample, the second's is one more …; its neighbours change nothing
+json = False  # a line of JSON for each sample
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
-if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-    sys.exit('temperature and top_k must be at least 0, and top_p above 0 and at most 1')
-if num_samples < 1 or max_new_tokens < 1:
-    sys.exit('num_samples and max_new_tokens must be at least 1')
-if start.startswith('FILE:'):
+
+def read(path):
     try:
-        with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
+        with open(path, encoding='utf-8') as f:
+            return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'cannot read the prompt {start[5:]}: {error}')
+        sys.exit(f'cannot read the prompt {path}: {error}')
+
+
+def text_of(ids):
+    """The text of ids; a character whose last bytes are still missing is left out."""
+    return codecs.getincrementaldecoder('utf-8')('replace').decode(tokenizer.decode_bytes(ids))
+
+
+def watch(ids):
+    """Print the ids as they come, each character when it is whole."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    for i in ids:
+        print(decoder.decode(tokenizer.decode_bytes([i])), end='', flush=True)
+        yield i
+
+
+def continuations(texts, seeds):
+    """Yield, step by step, the list of the ids that follow each of the texts, until every one has ended."""
+    rows = [tokenizer.encode(text).tolist() or [tokenizer.eot] for text in texts]
+    T = max(map(len, rows))
+    idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
+    ended = [False] * len(rows)
+    for new in model.stream(idx, max_new_tokens, **options, lengths=torch.tensor([*map(len, rows)]), seeds=seeds):
+        new = new[:, 0].tolist()
+        ended = [end or stop and i == tokenizer.eot for end, i in zip(ended, new)]
+        if all(ended):
+            return
+        yield new
+
+
+def write(jobs):
+    """Print a sample for each (text, seed) of jobs, written together."""
+    texts, seeds = zip(*jobs)
+    steps = continuations(texts, seeds)
+    watched = len(jobs) == 1 and sys.stdout.isatty() and not json
+    if watched:
+        print(texts[0], end='', flush=True)
+        steps = ([i] for i in watch(i for i, in steps))
+    added = []
+    try:
+        for new in steps:
+            added.append(new)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    for row, (text, seed) in enumerate(jobs):
+        ids = [new[row] for new in added]
+        if stop and tokenizer.eot in ids:
+            ids = ids[:ids.index(tokenizer.eot)]
+        if json:
+            print(dumps({'prompt': text, 'seed': seed, 'text': text_of(ids), 'tokens': ids}), flush=True)
+        else:
+            print('' if watched else text + text_of(ids), '---------------', sep='\n', flush=True)
+
+
+def typed():
+    """Yield what the user types, line by line, until Ctrl-D."""
+    try:
+        import readline  # gives input() its history and editing; Windows has none
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input('> ')
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+try:
+    check_sampling(**options)
+except ValueError as error:
+    sys.exit(str(error))
+if min(num_samples, max_new_tokens, batch_size) < 1:
+    sys.exit('num_samples, max_new_tokens and batch_size must be at least 1')
+if (start != '') + (prompts != '') + interactive > 1:
+    sys.exit('start, prompts and interactive each say what to continue: give only one of them')
+texts = read(prompts).splitlines() if prompts else [read(start[5:]) if start.startswith('FILE:') else start]
+if not texts:
+    sys.exit(f'{prompts} holds no prompt')
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-torch.manual_seed(seed)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
+for module in model.modules():  # what autocast would turn into dtype for every token, once
+    if isinstance(module, torch.nn.Linear):
+        module.to(DTYPES[dtype])
 
-prompt = tokenizer.encode(start).tolist() or [tokenizer.eot]
-idx = torch.tensor([prompt], device=device).repeat(num_samples, 1)  # (num_samples, T)
-with autocast(dtype, device):
-    rows = model.generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p)
-for row in rows.tolist():
-    print(tokenizer.decode(row[0 if start else 1:]))
-    print('---------------')
+sys.stdout.reconfigure(errors='replace')  # for terminals that do not have every character
+if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other commands do when `| head` has seen enough
+try:
+    with autocast(dtype, device):
+        if interactive:
+            for n, text in enumerate(typed()):
+                write([(text, seed + n)])
+        else:
+            jobs = [(text, seed + n) for text in texts for n in range(num_samples)]
+            for i in range(0, len(jobs), batch_size):
+                write(jobs[i:i + batch_size])
+except KeyboardInterrupt:
+    print()
+    sys.exit(130)
