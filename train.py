@@ -29,6 +29,7 @@ from data.tokenizer import get_tokenizer
 from device import autocast, peak_flops, pick_compile, pick_dtype, synchronize
 from model import GPT, GPTConfig
 from optimizers import configure_optimizers
+from plan import report
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on FineWeb-Edu
@@ -97,8 +98,21 @@ device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
 compile = 'auto'  # True, False, or where torch.compile works
 seed = 1337
+# the plan
+plan = False  # run nothing, but print what the run will need: compute, memory, hours, money
+plan_gpus = 8  # GPUs that it will have
+plan_mfu = 0.4  # the share of their peak that it will reach
+gpu_hour_price = 2.0  # of one GPU, in any currency
 config = configure(globals())
 # -----------------------------------------------------------------------------
+
+if plan:
+    if plan_gpus < 1 or replicas < 1 or plan_gpus % replicas or not 0 < plan_mfu <= 1:
+        sys.exit('plan_gpus must be at least 1 and a multiple of replicas, and plan_mfu above 0 and at most 1')
+    try:
+        sys.exit(print(report(config)))
+    except ValueError as error:
+        sys.exit(str(error))
 
 device = job.start(device, backend, dist_timeout)
 job.check_layout(parallel, replicas, cpu_offload)

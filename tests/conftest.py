@@ -70,6 +70,24 @@ def losses(out_dir):
     return {entry['step']: entry['loss'] for entry in read_log(out_dir) if 'loss' in entry}
 
 
+def at_step(folder, step, code):
+    """A settings file that has train.py run a line of code in a step, just before the gradient is clipped. (A
+    settings file is Python, and what it does besides setting is its own affair.)"""
+    path = folder / f'at_step_{step}.py'
+    path.write_text(f"""
+import os, signal, time, torch
+_clip, _steps = torch.nn.utils.clip_grad_norm_, []
+def _clip_with_accident(*args, **kwargs):
+    args = list(args)
+    _steps.append(1)
+    if len(_steps) == {step}:
+        {code}
+    return _clip(*args, **kwargs)
+torch.nn.utils.clip_grad_norm_ = _clip_with_accident
+""")
+    return path
+
+
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
     """The standard library as bytes: a folder."""

@@ -1,0 +1,142 @@
+"""
+What a run will need, worked out before it is paid for: `python train.py config/gpt2_xl.py --plan` prints it.
+
+Nothing is trained and nothing allocated: the model is built on PyTorch's meta device, where tensors have shapes and
+no memory.
+"""
+
+from dataclasses import fields
+
+import torch
+
+from data.dataset import Split
+from data.loader import parse_mixture
+from device import PEAK_FLOPS
+from model import GPT, GPTConfig
+
+# of NVIDIA's datasheets, in GB; where a GPU comes in two sizes, the larger
+MEMORY = {'B200': 180, 'H200': 141, 'H100 PCIe': 80, 'H100': 80, 'A100': 80, 'A10': 24, 'L40S': 48, 'L4': 24,
+          'RTX 5090': 32, 'RTX 4090': 24, 'RTX 3090': 24, 'V100': 32, 'T4': 16}
+USABLE = 0.9  # of it: the rest goes to CUDA itself, to buffers, and to what fragments
+GB = 1e9
+
+
+def empty_model(config):
+    """The GPT of train.py's settings, without memory. Raises ValueError if they make no model."""
+    try:
+        vocab_size = Split(next(iter(parse_mixture(config['dataset']))), 'val').vocab_size
+    except SystemExit:  # not prepared yet
+        vocab_size = 50257
+    with torch.device('meta'):
+        return GPT(GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config},
+                             vocab_size=vocab_size))
+
+
+def predicted_loss(n, n_non_embedding, tokens):
+    """(Chinchilla's, Kaplan's) nats per token after training n parameters on so many tokens, each for its own text
+    and tokens of about four characters.
+
+    Hoffmann et al. 2022 (arXiv:2203.15556), equation 10; Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5.
+    """
+    chinchilla = 1.69 + 406.4 / n**0.34 + 410.7 / tokens**0.28
+    kaplan = ((6.4e13 / n_non_embedding)**(0.076 / 0.103) + 1.8e13 / tokens)**0.103
+    return chinchilla, kaplan
+
+
+def fullest_share(sizes, processes):
+    """The most parameters that one process has when ZeroRedundancyOptimizer deals out tensors of these sizes, the
+    largest first, each to the process that has least."""
+    shares = [0] * processes
+    for size in sorted(sizes, reverse=True):
+        shares[shares.index(min(shares))] += size
+    return max(shares)
+
+
+def memory(model, config, gpus):
+    """{part: bytes} on the fullest device; float32 weights, gradients and optimizer, whatever the dtype."""
+    c, layout = model.config, config['parallel']
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    hidden = [p.numel() for name, p in model.named_parameters()
+              if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2]
+    n = sum(sizes.values())
+    shards = gpus // config['replicas'] if layout == 'fsdp' else 1
+    if layout == 'zero1':
+        rest = list(sizes.values())
+        for size in hidden:
+            rest.remove(size)
+        optimizer = 8 * fullest_share(rest, gpus) + 4 * fullest_share(hidden, gpus)
+    else:
+        optimizer = 8 * (n - sum(hidden)) / shards + 4 * sum(hidden) / shards
+    parts = {'weights': 4 * n / shards, 'gradients': 4 * n / shards, 'optimizer': optimizer}
+    b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
+    if layout == 'fsdp':
+        if config['cpu_offload']:
+            parts = dict.fromkeys(parts, 0)
+        block = sum(size for name, size in sizes.items() if '.h.0.' in name)
+        outside = n - block * c.n_layer
+        # two blocks, since the next is fetched while one computes; the embeddings and their gradient in float32
+        parts['gathered'] = 2 * b * block + 8 * outside
+
+    # bytes a token that the backward pass needs of each layer: both inputs of normalisations in float32, and in the
+    # dtype what goes into and out of the products (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
+    kv = c.n_kv_head * c.head_size
+    mlp = (4 if c.mlp == 'swiglu' else 2) * c.n_mlp
+    layer = 8 * c.n_embd + b * (5 * c.n_embd + 2 * kv + c.n_embd + mlp) + (2 * c.n_embd if c.dropout else 0)
+    layers = 4 * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
+    head = (b + 8) * c.padded_vocab_size  # the logits, as they come and twice in float32
+    parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
+    return parts
+
+
+def remedy(model, config, gpus, room):
+    """The settings, '' for none, with which the run fits into so many bytes a device; None if nothing helps."""
+    changes = {}
+
+    def fits():
+        return sum(memory(model, config | changes, gpus).values()) <= room
+
+    for name, value in (('batch_size', None), ('activation_checkpointing', True), ('parallel', 'zero1'),
+                        ('parallel', 'fsdp'), ('cpu_offload', True)):
+        while name == 'batch_size' and not fits() and (config | changes)[name] % 2 == 0:
+            changes[name] = (config | changes)[name] // 2  # each step then has twice as many micro-batches
+        if fits():
+            return ' '.join(f'--{k}={v}' for k, v in changes.items())
+        if name == 'parallel' and (gpus == 1 or config[name] == 'fsdp'):
+            continue
+        if name == 'cpu_offload' and (config | changes)['parallel'] != 'fsdp':
+            continue
+        if value:
+            changes[name] = value
+    return ' '.join(f'--{k}={v}' for k, v in changes.items()) if fits() else None
+
+
+def report(config):
+    """The plan as text, for train.py's settings. Raises ValueError if they make no model."""
+    model, gpus = empty_model(config), config['plan_gpus']
+    n, non_embedding = model.get_num_params(non_embedding=False), sum(p.numel() for p in model.transformer.h.parameters())
+    step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
+            or config['total_batch_size'])
+    tokens = step * config['max_iters']
+    flops = model.flops_per_token() * tokens
+    chinchilla, kaplan = predicted_loss(n, non_embedding, tokens)
+    parts = memory(model, config, gpus)
+    layout = config['parallel'] + (f', {config["replicas"]} replicas' if config['replicas'] > 1 else '')
+    lines = [
+        f'parameters            {n:,}, of which {non_embedding:,} in the blocks',
+        f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
+        f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
+        f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
+        f'loss to expect        {chinchilla:.2f} by Chinchilla\'s fit, {kaplan:.2f} by Kaplan\'s law, in nats per token, '
+        'each for its own text and tokenizer', '',
+        f'memory of each of {gpus} GPUs ({layout}), in GB',
+        *(f'  {part:<20}{size / GB:9.3f}' + ('  (about)' if part == 'activations' else '') for part, size in parts.items()),
+        f'  {"together":<20}{sum(parts.values()) / GB:9.3f}', '',
+        f'on {gpus} GPUs at {config["plan_mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
+        f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
+    for gpu, peak in PEAK_FLOPS.items():
+        hours = flops / (peak * config['plan_mfu']) / 3600
+        change = remedy(model, config, gpus, USABLE * MEMORY[gpu] * GB)
+        fit = 'no: more GPUs with --parallel=fsdp, or a smaller model' if change is None else f'with {change}' if change else 'yes'
+        lines.append(f'  {gpu:<10}{MEMORY[gpu]:>5}{hours / gpus:>11,.1f}{hours:>11,.1f}'
+                     f'{hours * config["gpu_hour_price"]:>12,.0f}  {fit}')
+    return '\n'.join(lines)
