@@ -89,9 +89,12 @@ def test_same_as_the_simple_way_on_1000_items(items):
     result = hellaswag.evaluate(model, tokenizer, items)
     simple = [simple_way(model, tokenizer, item) for item in items]
     assert_same(result, simple)
-    right = [(losses.index(min(losses)) == item['label']) for (losses, _), item in zip(simple, items)]
-    assert result['acc'] == sum(right) / 1000
-    assert result['acc_stderr'] == pytest.approx((result['acc'] * (1 - result['acc']) / 1000) ** 0.5)
+    summed = [losses for losses, _ in simple]
+    a_token = [[loss / n for loss, n in zip(losses, lengths)] for losses, lengths in simple]
+    for name, scores in ('acc', summed), ('acc_norm', a_token):
+        p = sum(row.index(min(row)) == item['label'] for row, item in zip(scores, items)) / len(items)
+        assert result[name] == p and result[f'{name}_stderr'] == pytest.approx((p * (1 - p) / len(items)) ** 0.5)
+    assert result['acc'] != result['acc_norm']
 
 
 def test_the_score_is_of_the_ending_not_of_its_length():
