@@ -129,8 +129,8 @@ def report(config):
         f'loss to expect        {chinchilla:.2f} by Chinchilla\'s fit, {kaplan:.2f} by Kaplan\'s law, in nats per token, '
         'each for its own text and tokenizer', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
-        *(f'  {part:<20}{size / GB:9.3f}' + ('  (about)' if part == 'activations' else '') for part, size in parts.items()),
-        f'  {"together":<20}{sum(parts.values()) / GB:9.3f}', '',
+        *(f'  {part:<20}{size / GB:11.6g}' + ('  (about)' if part == 'activations' else '') for part, size in parts.items()),
+        f'  {"together":<20}{sum(parts.values()) / GB:11.6g}', '',
         f'on {gpus} GPUs at {config["plan_mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
     for gpu, peak in PEAK_FLOPS.items():

@@ -1,0 +1,83 @@
+"""What --plan promises, beside what a run then takes, and beside sums done by hand."""
+
+import json
+import re
+
+import pytest
+
+from conftest import TINY, at_step, run
+from plan import fullest_share, predicted_loss
+
+SIZES = ['--n_layer=3', '--n_embd=64', '--n_head=4', '--block_size=32', '--batch_size=4']
+LAYOUTS = {'ddp': [], 'zero1': ['--parallel=zero1'], 'fsdp': ['--parallel=fsdp'],
+           'muon': ['--parallel=zero1', '--optimizer=muon']}
+
+
+def plan(*args):
+    return run('train.py', *args, '--plan').out
+
+
+def parts(out):
+    """{part: bytes} of the memory that a plan tells of."""
+    return {part: float(size) * 1e9 for part, size in re.findall(r'^  (\w+) +([\d.]+)(?:  \(about\))?$', out, re.MULTILINE)}
+
+
+def test_the_plan_of_gpt2_is_what_one_computes_by_hand():
+    out = plan('config/gpt2.py')
+    assert 'parameters            124,439,808,' in out and '9,999,745,024 = 19,073 steps of 524,288' in out
+    assert 'tokens per parameter  80.4' in out
+    flops = float(re.search(r'compute +(\S+) FLOPs', out)[1])
+    assert flops == pytest.approx((6 * 124e6 + 12 * 12 * 768 * 1024) * 10e9, rel=0.02)
+    memory = parts(out)
+    n = 124_439_808 + 47 * 768  # and the vocabulary's padding
+    assert (memory['weights'], memory['gradients'], memory['optimizer']) == pytest.approx((4 * n, 4 * n, 8 * n), rel=1e-3)
+    gpu, gb, hours, gpu_hours, cost, fit = re.search(r'^ +(A100) +(\d+) +(\S+) +(\S+) +(\S+) +(.+)$', out, re.MULTILINE).groups()
+    assert float(gpu_hours) == pytest.approx(flops / (0.4 * 312e12) / 3600, abs=0.06)
+    assert float(hours) == pytest.approx(float(gpu_hours) / 8, abs=0.06) and float(cost) == pytest.approx(2 * float(gpu_hours), abs=1)
+    assert fit == 'yes'
+
+
+def test_the_laws_say_what_their_papers_say():
+    chinchilla, _ = predicted_loss(70e9, 70e9, 1.4e12)  # Chinchilla itself: Hoffmann et al., figure 4 and table A9
+    assert chinchilla == pytest.approx(1.94, abs=0.01)
+    _, kaplan = predicted_loss(1e9, 1e9, 1e15)  # endless data: equation 1.1
+    assert kaplan == pytest.approx((8.8e13 / 1e9)**0.076, rel=0.03)
+
+
+def test_a_plan_that_does_not_fit_names_settings_that_do():
+    args = 'config/gpt2_xl.py', '--batch_size=64', '--dtype=bfloat16'
+    fit = re.search(r'^ +RTX 4090 .*  with (--.*)$', plan(*args), re.MULTILINE)[1]
+    out = plan(*args, *fit.split())
+    assert re.search(r'^ +RTX 4090 .*  yes$', out, re.MULTILINE) and sum(parts(out).values()) / 2 < 24e9
+    assert 'no: more GPUs' in plan('config/gpt2_xl.py', '--plan_gpus=1', '--n_layer=200')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_memory_is_what_the_plan_says(dataset, tmp_path, layout):
+    """Bytes of weights, gradients and optimizer on the fullest process, within 15%."""
+    args = [*TINY, *SIZES, *LAYOUTS[layout], f'--dataset={dataset}', f'--out_dir={tmp_path}', '--total_batch_size=512']
+    measure = at_step(tmp_path, 3, f"""import json, measured; measured.tell({str(tmp_path)!r})""")
+    (tmp_path / 'measured.py').write_text('''
+import json, os
+from __main__ import model, optimizers
+from optimizers import local
+
+def size(tensors):
+    return sum(local(x).untyped_storage().nbytes() if local(x).dim() else 0 for x in tensors)
+
+def tell(folder):
+    state = [x for opt in optimizers for s in getattr(opt, 'optim', opt).state.values() for x in s.values()]
+    found = {'weights': size(model.parameters()), 'gradients': sum(local(p.grad).nbytes for p in model.parameters()),
+             'optimizer': size(state)}
+    with open(f"{folder}/{os.environ['RANK']}.json", 'w') as f:
+        json.dump(found, f)
+''')
+    run('train.py', *args, '--max_iters=3', measure, processes=2, PYTHONPATH=str(tmp_path))
+    found = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
+    planned = parts(plan(*args, '--plan_gpus=2'))
+    for part in ('weights', 'gradients', 'optimizer'):
+        assert planned[part] == pytest.approx(max(each[part] for each in found), rel=0.15), part
+
+
+def test_the_largest_tensor_bounds_what_zero1_can_share():
+    assert fullest_share([10, 1, 1, 1], 8) == 10 and fullest_share([5, 4, 3, 2], 2) == 7
