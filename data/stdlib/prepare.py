@@ -3,7 +3,7 @@ The Python standard library that runs this: real text, on every machine, with no
 
     python data/stdlib/prepare.py
 
-Each .py file is a document: code, comments and documentation. Every twentieth is held out for validation.
+Each .py file is a document: code, comments and documentation (pydoc_data holds most of the language reference). Every twentieth is held out for validation.
 """
 import platform
 import sys
@@ -22,7 +22,7 @@ num_proc = 0  # workers; 0: one a core
 configure(globals())
 
 SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test',  # not the library itself
-        'encodings', 'pydoc_data'}  # tables, more than text
+        'encodings'}  # tables, more than text
 
 
 def read(path):
