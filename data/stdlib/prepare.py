@@ -3,7 +3,8 @@ The Python standard library that runs this: real text, on every machine, with no
 
     python data/stdlib/prepare.py
 
-Each .py file is a document: code, comments and documentation (pydoc_data holds most of the language reference). Every twentieth is held out for validation.
+Each .py file is a document: code, comments and documentation (pydoc_data holds much of the language reference).
+Every twentieth is held out for validation.
 """
 import platform
 import sys
