@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from model import GPT, GPTConfig
+from data.tokenizer import TOKENIZERS
+from model import GPT, GPTConfig, with_vocab_rows
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, on its CPU
 NAME = 'ckpt.pt'  # in out_dir
@@ -60,7 +61,17 @@ def optimizer_state(model, optimizers):
 def set_optimizer_state(model, optimizers, state):
     """Give the optimizers what optimizer_state gave, or each process its part of it."""
     for optimizer in optimizers:
-        set_optimizer_state_dict(model, getattr(optimizer, 'optim', optimizer), state, options=WHOLE)
+        if not isinstance(optimizer, ZeroRedundancyOptimizer):
+            set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+            continue
+        names, order, groups = {p: name for name, p in model.named_parameters()}, [], []
+        for group in optimizer.param_groups:  # it counts parameters, as plain optimizers do
+            members = [names[p] for p in group['params']]
+            saved = next(saved for saved in state['param_groups'] if members[0] in saved['params'])
+            groups.append(saved | {'params': list(range(len(order), len(order) + len(members)))})
+            order += members
+        optimizer.load_state_dict({'state': {i: dict(state['state'][name]) for i, name in enumerate(order)},
+                                   'param_groups': groups})
 
 
 def copied(x, seen):
@@ -151,27 +162,62 @@ def load(path, device='cpu'):
     """The checkpoint at path. Exits with one line if there is none or it cannot be read."""
     if not os.path.isfile(path):
         sys.exit(f'no checkpoint {path}: train first, or set out_dir to the folder that has one')
+    peers = [(PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]  # nothing else is let in
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(peers):
+            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         sys.exit(f'{path} is no checkpoint that can be read: {str(error).splitlines()[0]}')
+    return checkpoint if 'tokenizer' in checkpoint else adopted(checkpoint, path)
 
 
-def model_from(checkpoint):
-    """The GPT that a checkpoint holds, on the CPU."""
-    model = GPT(GPTConfig(**checkpoint['model_args']))
+class PeerConfig:
+    """build-nanogpt pickles its GPTConfig: this takes its place, and its fields."""
+
+
+def adopted(checkpoint, path):
+    """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, of which only their
+    vocabulary's size tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
+    try:
+        fields = dict(checkpoint['model_args'] if 'model_args' in checkpoint else vars(checkpoint['config']))
+        weights = {k.removeprefix('_orig_mod.'): w for k, w in checkpoint['model'].items()  # compiled models' prefix
+                   if not k.endswith('.attn.bias')}  # the causal mask
+        tokenizer = 'gpt2' if fields['vocab_size'] == 50304 else tokenizer_of(fields['vocab_size'], path)  # padded
+        fields['vocab_size'] = TOKENIZERS[tokenizer].vocab_size
+        rows = GPTConfig(**fields).padded_vocab_size
+    except (KeyError, TypeError, AttributeError):
+        sys.exit(f'{path} holds no GPT')
+    return {'model': with_vocab_rows(weights, rows), 'model_args': fields, 'tokenizer': tokenizer}
+
+
+def tokenizer_of(vocab_size, where):
+    """The name of the tokenizer with so many ids, for weights that do not say."""
+    for name, tokenizer in TOKENIZERS.items():
+        if tokenizer.vocab_size == vocab_size:
+            return name
+    sys.exit(f'{where} has a vocabulary of {vocab_size} ids, and no tokenizer here has as many')
+
+
+def model_from(checkpoint, **overrides):
+    """The GPT that a checkpoint holds, on the CPU. overrides: GPTConfig fields that change no weight."""
+    model = GPT(GPTConfig(**checkpoint['model_args'] | overrides))
     model.load_state_dict(checkpoint['model'])
     return model
 
 
+def pretrained(init_from, **overrides):
+    """(GPT on the CPU, name of its tokenizer): a checkpoint's file, nanoGPT's ckpt.pt and build-nanogpt's
+    model_*.pt too, or what GPT.from_pretrained takes. overrides: GPTConfig fields that change no weight."""
+    if init_from.endswith('.pt'):
+        checkpoint = load(init_from)
+        return model_from(checkpoint, **overrides), checkpoint['tokenizer']
+    model = GPT.from_pretrained(init_from, **overrides)
+    return model, tokenizer_of(model.config.vocab_size, init_from)
+
+
 def load_model(init_from, out_dir, device):
-    """(model, name of its tokenizer) for sampling and evaluation: 'resume' is out_dir/ckpt.pt, 'gpt2*' a model of
-    the Hugging Face hub, anything else a folder that save_pretrained wrote."""
-    if init_from == 'resume':
-        checkpoint = load(os.path.join(out_dir, NAME))
-        model, tokenizer = model_from(checkpoint), checkpoint['tokenizer']
-    else:
-        model, tokenizer = GPT.from_pretrained(init_from), 'gpt2'
+    """(model, name of its tokenizer) for sampling and evaluation: 'resume' is out_dir/ckpt.pt, else as pretrained."""
+    model, tokenizer = pretrained(os.path.join(out_dir, NAME) if init_from == 'resume' else init_from)
     return model.to(device).eval(), tokenizer
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -355,15 +356,20 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """A GPT with the weights of a folder that transformers can read, or of a model on the Hugging Face hub:
-        'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M). overrides: GPTConfig
-        fields that change no weight, such as dropout."""
+        'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), or another GPT-2, Llama or
+        Qwen3. overrides: GPTConfig fields that change no weight, such as dropout. Exits with one line that names
+        what GPTConfig has no field for."""
         fields, state_dict = huggingface.load(name)
-        model = cls(GPTConfig(**fields | overrides))
-        model.load_state_dict(with_vocab_rows(state_dict, model.config.padded_vocab_size))
+        try:
+            model = cls(GPTConfig(**fields | overrides))
+            model.load_state_dict(with_vocab_rows(state_dict, model.config.padded_vocab_size))
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f'{name}: {" ".join(str(error).split())[:200]}')
         return model
 
     def save_pretrained(self, folder, tokenizer='gpt2'):
-        """Write a folder that transformers.AutoModelForCausalLM.from_pretrained opens, float32."""
+        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open, float32. tokenizer: its name.
+        Exits with one line that names the GPTConfig field that transformers has no class for."""
         state_dict = with_vocab_rows(self.state_dict(), self.config.vocab_size)
         huggingface.save(folder, asdict(self.config), state_dict, tokenizer)
 

@@ -23,7 +23,7 @@ from model import check_sampling
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
-init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder, a checkpoint's file
+init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder, a .pt file
 start = ''  # the text to continue, or FILE:prompt.txt; nothing: a new document
 prompts = ''  # a file with a text to continue in each line, instead of start
 interactive = False  # read texts to continue from the keyboard: Ctrl-C stops a sample, Ctrl-D ends

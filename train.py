@@ -35,7 +35,7 @@ from plan import report
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # where checkpoints (ckpt.pt) and the log (log.jsonl) go
-init_from = 'scratch'  # or 'resume', or 'auto': resume if there is a checkpoint; or weights: 'gpt2' to 'gpt2-xl', a folder
+init_from = 'scratch'  # or 'resume', or 'auto': resume if there is a checkpoint; or weights: 'gpt2' to 'gpt2-xl', a folder, a .pt file
 eval_interval = 250  # steps from one evaluation, and checkpoint, to the next
 eval_iters = 160  # batches of validation data in an evaluation, always the same ones
 eval_only = False  # evaluate once and exit
@@ -175,11 +175,13 @@ try:
         vocabulary = tokenizer.name
     elif init_from == 'resume':
         resumed = checkpoint.load(ckpt_path)
+        if 'data' not in resumed:
+            sys.exit(f'{ckpt_path} holds weights alone, not where a run was: --init_from={ckpt_path} starts from them')
         model, vocabulary = checkpoint.model_from(resumed), resumed['tokenizer']
         step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
         norms.extend(resumed['norms'])
     else:
-        model, vocabulary = GPT.from_pretrained(init_from, dropout=dropout), 'gpt2'
+        model, vocabulary = checkpoint.pretrained(init_from, dropout=dropout)
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
 except ValueError as error:  # settings that make no model
