@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +91,8 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
     'ddp' and 'zero1': each process has the whole model (the optimizer is what zero1 shards, see optimizers.py).
     'fsdp': each has 1 / (processes / replicas) of every parameter, gradient and optimizer state, and gathers a block
     only while it computes it (ZeRO stage 3; Rajbhandari et al. 2020, arXiv:1910.02054). The blocks are gathered
-    in dtype and their gradients summed in float32; embeddings and head stay float32, and so does the residual stream.
+    in dtype and their gradients summed in float32; normalisations, embeddings and head stay float32, as under autocast,
+    and so does the residual stream.
     With replicas, only the processes of one replica share a model, which keeps the gathering inside a machine.
     """
     if layout == 'fsdp':
@@ -102,6 +103,8 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
         # not cast_forward_inputs: rotary angles must stay float32
         half = MixedPrecisionPolicy(DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
+            if dtype != 'float32':
+                fully_shard([block.ln_1, block.ln_2], **how)
             fully_shard(block, **how, mp_policy=half if dtype != 'float32' else MixedPrecisionPolicy())
         return fully_shard(model, **how)
     model.to(device)

@@ -1,0 +1,142 @@
+"""Every layout trains the same model, reads the others' checkpoints, and ends as one."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, start
+
+LAYOUTS = {  # name: (processes, settings)
+    'zero1': (2, ['--parallel=zero1']),
+    'fsdp': (2, ['--parallel=fsdp', '--activation_checkpointing']),
+    'offload': (2, ['--parallel=fsdp', '--cpu_offload']),
+    'hsdp': (4, ['--parallel=fsdp', '--replicas=2', '--batch_size=2', '--eval_iters=8']),
+}
+
+
+def tiny(dataset, out_dir, *args):
+    return 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *args
+
+
+def assert_same_losses(a, b, first=1):
+    a, b = losses(a), losses(b)
+    assert list(b) == list(range(first, 21))
+    assert all(abs(a[step] - b[step]) < 2e-3 for step in b), [(a[step], b[step]) for step in b]
+
+
+@pytest.fixture(scope='module', params=['adamw', 'muon'])
+def alone(request, dataset, tmp_path_factory):
+    """What one process makes of 20 steps: (its folder, its settings)."""
+    out_dir = tmp_path_factory.mktemp(request.param) / 'alone'
+    settings = [f'--optimizer={request.param}', '--keep_checkpoints=2', '--learning_rate=3e-3']
+    run(*tiny(dataset, out_dir, *settings))
+    return out_dir, settings
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_layout_trains_as_one_process_and_one_process_goes_on(dataset, alone, layout):
+    folder, settings = alone
+    processes, layout_settings = LAYOUTS[layout]
+    out_dir = folder.parent / layout
+    run(*tiny(dataset, out_dir, *settings, *layout_settings), processes=processes)
+    assert_same_losses(folder, out_dir)
+    theirs = [entry['val_loss'] for entry in read_log(folder) if 'val_loss' in entry]
+    assert [entry['val_loss'] for entry in read_log(out_dir) if 'val_loss' in entry] == pytest.approx(theirs, abs=2e-3)
+
+    (out_dir / 'on').mkdir()
+    shutil.copy(out_dir / 'ckpt_000010.pt', out_dir / 'on' / 'ckpt.pt')
+    run(*tiny(dataset, out_dir / 'on', *settings, '--init_from=resume'))
+    assert_same_losses(folder, out_dir / 'on', first=11)
+
+
+def test_a_checkpoint_goes_from_layout_to_layout(dataset, alone):
+    """Written by one process, continued by zero1, by fsdp, then sampled from on one device."""
+    folder, settings = alone
+    shutil.copytree(folder, folder.parent / 'journey')
+    for step, layout in (10, 'zero1'), (15, 'fsdp'):
+        (folder.parent / 'journey' / f'ckpt_{step:06d}.pt').replace(folder.parent / 'journey' / 'ckpt.pt')
+        run(*tiny(dataset, folder.parent / 'journey', *settings, *LAYOUTS[layout][1], '--init_from=resume',
+                  '--eval_interval=5'), processes=2)
+        assert_same_losses(folder, folder.parent / 'journey')
+    ours, theirs = (torch.load(out_dir / 'ckpt.pt', weights_only=True) for out_dir in (folder, folder.parent / 'journey'))
+    assert ours['model'].keys() == theirs['model'].keys()
+    assert ours['optimizer']['state'].keys() == theirs['optimizer']['state'].keys()
+    assert max((ours['model'][name] - w).abs().max().item() for name, w in theirs['model'].items()) < 2e-3
+    assert run('sample.py', f'--out_dir={folder.parent / "journey"}', '--num_samples=1', '--max_new_tokens=9').out
+
+
+def test_bfloat16_blocks_train_as_autocast_does(dataset, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        for name, processes, settings in ('ddp', 2, []), ('fsdp', 2, ['--parallel=fsdp']):
+            pool.submit(run, *tiny(dataset, tmp_path / name, '--dtype=bfloat16', '--position=rope', *settings),
+                        processes=processes).result()
+    ddp, fsdp = losses(tmp_path / 'ddp'), losses(tmp_path / 'fsdp')
+    assert all(abs(ddp[step] - fsdp[step]) < 1e-2 for step in ddp) and ddp != fsdp
+
+
+@pytest.mark.parametrize('accident', ['time.sleep(1000)', 'os.kill(os.getpid(), signal.SIGSTOP)'], ids=['slow', 'frozen'])
+def test_who_waits_too_long_names_who_is_missing(dataset, tmp_path, accident):
+    pid = tmp_path / 'pid'
+    late = at_step(tmp_path, 3, f"if os.environ['RANK'] == '1': open({str(pid)!r}, 'w').write(str(os.getpid())); {accident}")
+    process = start(*tiny(dataset, tmp_path / 'out', '--dist_timeout=4'), late, processes=2)
+    seen = ''
+    for line in process.stderr:
+        seen += line
+        if 'has not come' in line:
+            break
+    os.kill(int(pid.read_text()), signal.SIGKILL)  # torchrun would give it 30 seconds
+    finish(process)
+    assert re.fullmatch(r'rank 1 on \S+ has not come for 4 s \(dist_timeout\), and the others cannot go on without\n', line), seen
+
+
+def test_an_error_of_one_process_is_told_once(dataset, tmp_path):
+    bug = at_step(tmp_path, 3, "if os.environ['RANK'] == '1': raise RuntimeError('a bug')")
+    err = run(*tiny(dataset, tmp_path), bug, processes=2, expect=1).err
+    assert err.count('train.py", line') == err.count('RuntimeError: a bug') == err.count('on rank 1:') == 1, err
+
+
+def test_two_machines_train_as_one_process(dataset, alone, tmp_path):
+    """Two torchrun agents: in two network namespaces, joined by a cable, where that is allowed; else on loopback."""
+    folder, settings = alone
+    hosts, address = namespaces()
+    try:
+        agents = []
+        for node, host in enumerate(hosts):
+            torchrun = ['--nnodes=2', f'--node_rank={node}', f'--master_addr={address}', '--master_port=29517']
+            line = command(*tiny(dataset, tmp_path / 'out', *settings, '--parallel=fsdp'), processes=1, torchrun=torchrun)
+            agents.append(subprocess.Popen([*host, *line], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                           env=environment(GLOO_SOCKET_IFNAME=f'cable{node}' if host else 'lo'),
+                                           start_new_session=True))
+        for agent in agents:
+            finish(agent)
+            assert agent.returncode == 0, agent.err
+    finally:
+        for host in hosts:
+            if host:
+                subprocess.run(['ip', 'netns', 'del', host[-1]])
+    assert_same_losses(folder, tmp_path / 'out')
+
+
+def namespaces():
+    """([command prefix of each host], address of the first)"""
+    names = [f'host{node}-{os.getpid()}' for node in (0, 1)]
+    commands = [f'ip netns add {names[0]}', f'ip netns add {names[1]}',
+                f'ip link add cable0 netns {names[0]} type veth peer name cable1 netns {names[1]}']
+    for node, name in enumerate(names):
+        commands += [f'ip -n {name} addr add 10.77.0.{node + 1}/24 dev cable{node}',
+                     f'ip -n {name} link set cable{node} up', f'ip -n {name} link set lo up']
+    try:
+        for line in commands:
+            subprocess.run(line.split(), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):  # not root, or no ip
+        for name in names:
+            if shutil.which('ip'):
+                subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+        return [[], []], '127.0.0.1'
+    return [['ip', 'netns', 'exec', name] for name in names], '10.77.0.1'
