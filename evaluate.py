@@ -1,0 +1,92 @@
+"""
+How well a GPT predicts a dataset: loss, perplexity and bits per byte of its validation split.
+
+Your own checkpoint:                            python evaluate.py --out_dir=out --dataset=stdlib
+GPT-2 as its paper and others measure it:       python evaluate.py config/eval_gpt2_wikitext2.py
+
+Text longer than the context is read through a window that moves by `stride` tokens; each token is scored once, with
+at least block_size - stride tokens before it (but for the first window). A small stride gives every token much
+context and takes long: stride = block_size cuts the text into blocks, as train.py's evaluation does.
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_model
+from configurator import configure
+from data.dataset import Split
+from data.tokenizer import get_tokenizer
+from device import autocast, pick_device, pick_dtype
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # where ckpt.pt is
+init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
+dataset = 'fineweb_edu_10B'  # a folder in data/, or a path
+split = 'val'  # or 'train'
+max_tokens = 0  # only the first so many; 0 is all
+block_size = 0  # tokens in a window; 0: as many as the model takes
+stride = 0  # tokens from one window to the next; 0: block_size
+batch_size = 8  # windows in a forward pass
+device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
+dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
+
+
+def windows(n_tokens, block_size, stride):
+    """(begin, end, first): windows of at most block_size tokens, each to be scored from its first on, that together
+    score every token but the very first once."""
+    scored = 1
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + block_size + 1, n_tokens)  # one more than fits: the last is only predicted
+        yield begin, end, scored
+        scored = end
+        if end == n_tokens:
+            return
+
+
+@torch.inference_mode()
+def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dtype='float32'):
+    """The summed loss in nats of tokens (N,) int64, all but the first, read through a window that moves by stride."""
+    total, todo = 0.0, list(windows(len(tokens), block_size, stride))
+    for i in tqdm(range(0, len(todo), batch_size), unit=' batches', disable=None):
+        batch = todo[i:i + batch_size]
+        idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
+        targets = torch.full_like(idx, -1)
+        for row, (begin, end, first) in enumerate(batch):
+            idx[row, :end - begin - 1] = tokens[begin:end - 1]
+            targets[row, first - begin - 1:end - begin - 1] = tokens[first:end]
+        with autocast(dtype, device):
+            _, loss = model(idx.to(device), targets.to(device), return_logits=False, reduction='none')
+        total += loss.double().sum().item()
+    return total
+
+
+if __name__ == '__main__':
+    configure(globals())
+    if min(max_tokens, block_size, stride) < 0 or batch_size < 1:
+        sys.exit('max_tokens, block_size and stride must be at least 0, and batch_size at least 1')
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    model, name = load_model(init_from, out_dir, device)
+    data = Split(dataset, split)
+    if data.tokenizer != name:
+        sys.exit(f'{dataset} is tokenized with {data.tokenizer}, but the model reads {name} tokens')
+    block_size = block_size or model.config.block_size
+    stride = stride or block_size
+    if not stride <= block_size <= model.config.block_size:
+        sys.exit(f'stride={stride} must be at most block_size={block_size}, and that at most the model\'s '
+                 f'{model.config.block_size}')
+    count = min(data.n_tokens, max_tokens or data.n_tokens)
+    if count < 2:
+        sys.exit(f'{dataset} has {count} tokens to evaluate: there must be two')
+    tokens = torch.from_numpy(data.read(np.array([0]), count)[0].astype('int64'))
+    loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
+    scored = tokens[1:]
+    n_bytes = len(get_tokenizer(name).decode_bytes(scored[scored != data.eot]))  # the end of a text is no byte of it
+    print(f'{len(scored):,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
+    print(f'loss           {loss / len(scored):.4f} nats a token')
+    print(f'perplexity     {math.exp(min(700, loss / len(scored))):.2f}')
+    print(f'bits per byte  {loss / math.log(2) / max(1, n_bytes):.4f}')

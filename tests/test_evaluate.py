@@ -1,0 +1,48 @@
+"""The loss of a dataset: every token once, in windows that give it context."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, run
+
+from evaluate import total_loss, windows
+from model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize('n, block_size, stride', [(100, 16, 16), (100, 16, 5), (17, 16, 16), (18, 16, 16), (10, 16, 4),
+                                                   (2, 16, 1), (33, 16, 1)])
+def test_every_token_but_the_first_is_scored_once(n, block_size, stride):
+    scored = []
+    for begin, end, first in windows(n, block_size, stride):
+        assert end - begin - 1 <= block_size
+        assert first == 1 or first - begin >= min(first, block_size - stride + 1)  # so much context, at least
+        scored += range(first, end)
+    assert scored == list(range(1, n))
+
+
+@pytest.mark.parametrize('stride', [16, 5])
+def test_the_loss_is_that_of_one_token_at_a_time(stride):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)).eval()
+    tokens = torch.randint(0, 257, (60,))
+    expected = 0.0
+    for begin, end, first in windows(60, 16, stride):
+        for t in range(first, end):
+            logits, _ = model(tokens[None, begin:t])
+            expected += F.cross_entropy(logits[:, -1], tokens[t:t + 1]).item()
+    assert math.isclose(total_loss(model, tokens, 16, stride, batch_size=3), expected, rel_tol=1e-5)
+
+
+def test_as_a_command(dataset, tmp_path):
+    run('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--max_iters=2')
+    options = (f'--out_dir={tmp_path}', f'--dataset={dataset}', '--max_tokens=1000', '--device=cpu')
+    out = run('evaluate.py', *options, '--stride=8').out
+    assert '999 tokens' in out and 'every 8' in out
+    numbers = {line.split('  ')[0]: float(line.split()[3 if line.startswith('bits') else 1])
+               for line in out.splitlines()[1:]}
+    assert math.isclose(numbers['perplexity'], math.exp(numbers['loss']), rel_tol=1e-3)
+    assert 5 < numbers['loss'] < 6 and 7 < numbers['bits per byte'] < 9  # hardly trained: about ln 257 = 5.55
+    assert 'at most block_size' in run('evaluate.py', *options, '--stride=33', expect=1).err
+    assert 'no dataset' in run('evaluate.py', f'--out_dir={tmp_path}', '--dataset=nowhere', expect=1).err
