@@ -4,6 +4,9 @@ Checkpoints: written so that an interruption never costs the one before, read wi
 A checkpoint is a dictionary with nanoGPT's keys (model, model_args, optimizer, iter_num, best_val_loss, config)
 and what else a run needs to go on as if it had not stopped (tokenizer, data, random, …). It holds whole tensors by
 the names that they have in one process, so how many processes wrote it, and in which layout, leaves no trace.
+
+One too large for a process is written by all: each puts its shards of the tensors into a folder beside ckpt.pt, as
+safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
 import itertools
@@ -12,11 +15,14 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_optimizer_state_dict)
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -39,6 +45,19 @@ def training_state(model, optimizers):
         weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
     state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
     return copied(state, {}) if next(model.parameters()).device.type == 'cpu' else state
+
+
+def sharded_state(model, optimizers, out_dir):
+    """As training_state, but for 'tensors', copies of each process's own shards, which save will write into the folder
+    'shards'."""
+    wait()  # the folder before must be there, to leave its name alone
+    weights, optimizer = get_model_state_dict(model), get_optimizer_state_dict(model, optimizers)
+    tensors = {f'model.{name}': weights[name] for name, _ in model.named_parameters()}  # tied ones once
+    tensors |= {f'optimizer.{name}.{key}': x for name, state in optimizer['state'].items() for key, x in state.items()}
+    folder = [next(name for n in itertools.count() if not Path(out_dir, name := f'shards_{n:06d}').exists())]
+    dist.broadcast_object_list(folder)  # one name for all
+    return {'model': {}, 'optimizer': {'state': {}, 'param_groups': optimizer['param_groups']}, 'shards': folder[0],
+            'tensors': {name: x.detach().to('cpu', copy=True) for name, x in tensors.items()}}
 
 
 def optimizer_state(model, optimizers):
@@ -103,15 +122,20 @@ def set_random_state(state, device):
 # writing
 
 writer, writing = ThreadPoolExecutor(1), None
+writers = None  # the process group in which the threads that write shards talk, apart from the training
 
 
 def save(checkpoint, out_dir, best=False, keep=0):
-    """Start to write out_dir/ckpt.pt in the background, once the one before is written.
+    """Start to write out_dir/ckpt.pt in the background, once the one before is written. All processes call it.
 
     best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step's number), of which so many stay.
     """
-    global writing
+    global writing, writers
     wait()
+    if 'shards' in checkpoint:
+        writers = writers or dist.new_group(backend='gloo')
+    elif dist.is_initialized() and dist.get_rank():
+        return
     writing = writer.submit(write, checkpoint, Path(out_dir), best, keep)
 
 
@@ -125,6 +149,11 @@ def write(checkpoint, out_dir, best, keep):
     last: what a resume starts from has all that came with it. A full disk is reported, and leaves all as it was."""
     step, temporary = checkpoint['iter_num'], out_dir / f'{NAME}.tmp'
     try:
+        if 'shards' in checkpoint:
+            dcp.save(checkpoint.pop('tensors'), process_group=writers, storage_writer=dcp.HuggingFaceStorageWriter(
+                str(out_dir / checkpoint['shards']), save_distributed=True))
+            if dist.get_rank():
+                return True
         with open(temporary, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -136,13 +165,30 @@ def write(checkpoint, out_dir, best, keep):
         if best:
             also_known_as(temporary, out_dir / 'ckpt_best.pt')
         os.replace(temporary, out_dir / NAME)
+        if 'shards' in checkpoint:
+            remove_unused_shards(out_dir)
         return True
-    except (OSError, RuntimeError) as error:  # torch.save has errors of its own
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch.save has errors of its own
+        if isinstance(error, CheckpointException):
+            if dist.get_rank():
+                return False
+            error = next(iter(error.failures.values()))[0]  # of the first process that has one
         temporary.unlink(missing_ok=True)
         before = f'{out_dir / NAME} is still the one before' if (out_dir / NAME).exists() else 'there is none yet'
         print(f'the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): {before}',
               file=sys.stderr, flush=True)
         return False
+
+
+def remove_unused_shards(out_dir):
+    """Remove the folders that no checkpoint names any more."""
+    try:
+        used = {torch.load(path, weights_only=True, mmap=True).get('shards') for path in out_dir.glob('*ckpt*.pt')}
+    except (RuntimeError, EOFError, pickle.UnpicklingError):  # somebody else's file: better keep too much
+        return
+    for folder in out_dir.glob('shards_[0-9]*'):
+        if folder.name not in used:
+            shutil.rmtree(folder)
 
 
 def also_known_as(path, name):
@@ -168,7 +214,29 @@ def load(path, device='cpu'):
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
         sys.exit(f'{path} is no checkpoint that can be read: {str(error).splitlines()[0]}')
+    if 'shards' in checkpoint:
+        add_shards(checkpoint, Path(path).parent / checkpoint['shards'])
     return checkpoint if 'tokenizer' in checkpoint else adopted(checkpoint, path)
+
+
+def add_shards(checkpoint, folder):
+    """Put the tensors that sharded_state took out back into their places, whole."""
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        shapes = reader.read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in shapes.items()}
+        with warnings.catch_warnings(action='ignore'):  # that a process reads alone is as it should be
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # each of the layers below has its own
+        sys.exit(f'the shards {folder} cannot be read: {str(error).strip().splitlines()[0]}')
+    for name, tensor in tensors.items():
+        if name.startswith('model.'):
+            checkpoint['model'][name.removeprefix('model.')] = tensor
+        else:
+            name, key = name.removeprefix('optimizer.').rsplit('.', 1)
+            checkpoint['optimizer']['state'].setdefault(name, {})[key] = tensor
+    if checkpoint['model_args']['tie_embeddings']:
+        checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
 
 
 class PeerConfig:

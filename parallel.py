@@ -72,12 +72,12 @@ def stop():
 # -----------------------------------------------------------------------------
 # how the model lies on the devices
 
-def check_layout(layout, replicas, cpu_offload):
+def check_layout(layout, replicas, cpu_offload, sharded_checkpoints):
     """Exit with one line if these settings make no layout for this number of processes."""
     if layout not in ('ddp', 'zero1', 'fsdp'):
         sys.exit(f'parallel={layout} is not one of ddp, zero1, fsdp')
-    if layout != 'fsdp' and (replicas != 1 or cpu_offload):
-        sys.exit(f'replicas and cpu_offload need --parallel=fsdp, and parallel is {layout}')
+    if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
+        sys.exit(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
     if layout != 'ddp' and 'RANK' not in os.environ:
         sys.exit(f'parallel={layout} shares the work of several processes: start them with torchrun')
     if replicas < 1 or world_size % replicas:

@@ -90,6 +90,7 @@ max_bad_steps = 50  # stop after so many skipped steps in a row; one without a f
 # system
 parallel = 'ddp'  # 'zero1' shards the optimizer's state over the processes, 'fsdp' the weights and gradients too
 replicas = 1  # with fsdp: so many groups of processes hold the whole model; one a machine saves much traffic
+sharded_checkpoints = False  # with fsdp: each process writes its own share of a checkpoint, into a folder beside ckpt.pt
 cpu_offload = False  # with fsdp: weights and optimizer state stay in the CPU's memory between uses
 activation_checkpointing = False  # compute each block twice, to save most of the activations' memory
 dist_timeout = 600  # seconds until processes that wait for another one give it up, and end
@@ -115,7 +116,7 @@ if plan:
         sys.exit(str(error))
 
 device = job.start(device, backend, dist_timeout)
-job.check_layout(parallel, replicas, cpu_offload)
+job.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
@@ -281,12 +282,12 @@ def log(entry):
 
 def save(best=False):
     """Write what a resume needs to go on as if nothing had happened; in the background, once it is copied."""
-    state, random = checkpoint.training_state(model, optimizers), job.gather(checkpoint.random_state(device))
-    if job.master:
-        state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
-                  'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'random': random,
-                  'scaler': scaler.state_dict(), 'skipped': skipped, 'norms': list(norms)}
-        checkpoint.save(state, out_dir, best, keep_checkpoints)
+    state = (checkpoint.sharded_state(model, optimizers, out_dir) if sharded_checkpoints
+             else checkpoint.training_state(model, optimizers))
+    state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
+              'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
+              'random': job.gather(checkpoint.random_state(device)), 'skipped': skipped, 'norms': list(norms)}
+    checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
 def is_spike(norm):

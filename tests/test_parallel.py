@@ -71,6 +71,31 @@ def test_a_checkpoint_goes_from_layout_to_layout(dataset, alone):
     assert run('sample.py', f'--out_dir={folder.parent / "journey"}', '--num_samples=1', '--max_new_tokens=9').out
 
 
+def test_each_process_writes_its_shards_and_one_reads_them(dataset, alone):
+    folder, settings = alone
+    out_dir = folder.parent / 'sharded'
+    settings = [*settings, '--eval_interval=5']
+    run(*tiny(dataset, out_dir, *settings, '--parallel=fsdp', '--sharded_checkpoints'), processes=2)
+    used = {torch.load(path, weights_only=True)['shards'] for path in out_dir.glob('ckpt*.pt')}
+    assert {path.name for path in out_dir.glob('shards_*')} == used and len(used) == 2  # the others are gone
+    assert all(len(list((out_dir / name).iterdir())) == 2 for name in used)
+    assert (out_dir / 'ckpt.pt').stat().st_size < (folder / 'ckpt.pt').stat().st_size / 10
+    assert run('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=9').out
+    (out_dir / 'ckpt_000015.pt').replace(out_dir / 'ckpt.pt')
+    run(*tiny(dataset, out_dir, *settings, '--init_from=resume'))
+    assert_same_losses(folder, out_dir)
+
+
+def test_shards_that_do_not_fit_leave_the_checkpoint_before(dataset, tmp_path):
+    full = at_step(tmp_path, 12, "import resource; os.environ['RANK'] == '1' and "
+                                 "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))")  # no file beyond
+    err = run(*tiny(dataset, tmp_path, '--parallel=fsdp', '--sharded_checkpoints'), full, processes=2, expect=1).err
+    assert err.count('the checkpoint of step 20 could not be written') == 1 and 'train.py", line' not in err, err
+    assert f'{tmp_path}/ckpt.pt is still the one before' in err
+    run(*tiny(dataset, tmp_path, '--init_from=resume'))
+    assert list(losses(tmp_path)) == list(range(1, 21))
+
+
 def test_bfloat16_blocks_train_as_autocast_does(dataset, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         for name, processes, settings in ('ddp', 2, []), ('fsdp', 2, ['--parallel=fsdp']):
