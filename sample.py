@@ -19,7 +19,7 @@ from checkpoint import load_model
 from configurator import configure
 from data.tokenizer import get_tokenizer
 from device import DTYPES, autocast, pick_device, pick_dtype
-from model import check_sampling
+from generate import check_sampling, stream
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -71,7 +71,7 @@ def continuations(texts, seeds):
     T = max(map(len, rows))
     idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
     ended = [False] * len(rows)
-    for new in model.stream(idx, max_new_tokens, **options, lengths=torch.tensor([*map(len, rows)]), seeds=seeds):
+    for new in stream(model, idx, max_new_tokens, **options, lengths=torch.tensor([*map(len, rows)]), seeds=seeds):
         new = new[:, 0].tolist()
         ended = [end or stop and i == tokenizer.eot for end, i in zip(ended, new)]
         if all(ended):

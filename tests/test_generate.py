@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig, next_token_probs, penalize
+from generate import next_token_probs, penalize, stream
+from model import GPT, GPTConfig
 from test_model import VARIANTS
 
 MODELS = {name: VARIANTS[name] for name in ('gpt2', 'rope', 'grouped heads', 'all at once')}
@@ -108,7 +109,7 @@ def test_seeds_decide(model):
 
 def test_stream_is_generate(model):
     idx = prompts(2, 4)
-    pieces = list(model.stream(idx, 20, seeds=[1, 2]))
+    pieces = list(stream(model, idx, 20, seeds=[1, 2]))
     assert all(piece.shape == (2, 1) for piece in pieces)
     assert torch.equal(torch.cat((idx, *pieces), dim=1), model.generate(idx, 20, seeds=[1, 2]))
 
