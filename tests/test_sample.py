@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from conftest import command, environment, run
+from conftest import command, environment, finish, run, start
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from optimizers import configure_optimizers
@@ -56,11 +56,15 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
-    def until(self, text, timeout=120):
-        """All that came until `text`, which must come."""
+    def until(self, text, retype='', timeout=240):
+        """All that came until `text`, which must come. What is to be retyped is, while nothing comes: Ctrl-C between
+        a prompt and the reading that follows it is lost."""
         data, end = b'', time.monotonic() + timeout
         while text.encode() not in data:
-            assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], f'no {text!r} in {data!r}'
+            if not select.select([self.fd], [], [], 1)[0]:
+                assert time.monotonic() < end, f'no {text!r} in {data!r}'
+                self.type(retype)
+                continue
             try:
                 data += os.read(self.fd, 1)
             except OSError:  # the process has closed the terminal
@@ -81,10 +85,10 @@ class Terminal:
 # what it writes ------------------------------------------------------------------------------------------------------
 
 def test_whole_samples_and_no_cut_character(out_dir):
-    start = 'Übermut, 9 '
-    out = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--start={start}', '--max_new_tokens=4').out
+    beginning = 'Übermut, 9 '
+    out = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--start={beginning}', '--max_new_tokens=4').out
     assert out == 'Übermut, 9 €:\n---------------\n'
-    out = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--start={start}', '--max_new_tokens=2').out
+    out = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--start={beginning}', '--max_new_tokens=2').out
     assert out == 'Übermut, 9 \n---------------\n'  # two of the three bytes of €
 
 
@@ -138,11 +142,11 @@ def test_interactive(out_dir):
     terminal = Terminal(f'--out_dir={out_dir}', *GREEDY, '--max_new_tokens=100000', '--interactive')
     terminal.until('> ')
     terminal.type('\x03')  # at the prompt: another prompt
-    terminal.until('> ')
+    terminal.until('> ', retype='\x03')
     terminal.type('Über\n')
     assert terminal.until('☃').endswith('Übermut, 9 €: ☃')
     terminal.type('\x03')  # stops the sample, not the program
-    terminal.until('---------------\n')
+    terminal.until('---------------')
     terminal.until('> ')
     terminal.type('\x1b[A\n')  # the line before, from the history
     terminal.until('Übermut')
@@ -170,16 +174,18 @@ def test_a_closed_pipe_is_no_error(out_dir):
 
 # what a user gets wrong ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('args, words', [
-    (['--top_p=1.5'], 'top_p=1.5 must be above 0 and at most 1'),
-    (['--temperature=-1'], 'temperature=-1.0 must be at least 0'),
-    (['--num_samples=0'], 'num_samples, max_new_tokens and batch_size must be at least 1'),
-    (['--start=FILE:nowhere.txt'], 'cannot read the prompt nowhere.txt'),
-    (['--prompts=nowhere.txt'], 'cannot read the prompt nowhere.txt'),
-    (['--prompts=x.txt', '--interactive'], 'give only one of them'),
-    (['--prompts=/dev/null'], '/dev/null holds no prompt'),
-    (['--out_dir=nowhere'], 'nowhere/ckpt.pt'),
-])
-def test_plain_errors(args, words):
-    process = run('sample.py', *args, expect=1)
-    assert words in process.err and process.err.count('\n') == 1 and process.out == ''
+def test_plain_errors():
+    wrong = [
+        (['--top_p=1.5'], 'top_p=1.5 must be above 0 and at most 1'),
+        (['--temperature=-1'], 'temperature=-1.0 must be at least 0'),
+        (['--num_samples=0'], 'num_samples, max_new_tokens and batch_size must be at least 1'),
+        (['--start=FILE:nowhere.txt'], 'cannot read the prompt nowhere.txt'),
+        (['--prompts=nowhere.txt'], 'cannot read the prompt nowhere.txt'),
+        (['--prompts=x.txt', '--interactive'], 'give only one of them'),
+        (['--prompts=/dev/null'], '/dev/null holds no prompt'),
+        (['--out_dir=nowhere'], 'nowhere/ckpt.pt'),
+    ]
+    for process, (args, words) in zip([start('sample.py', *args) for args, _ in wrong], wrong):  # side by side
+        finish(process)
+        assert process.returncode == 1 and process.out == '', args
+        assert words in process.err and process.err.count('\n') == 1
