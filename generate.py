@@ -34,7 +34,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         empty = (T - lengths.to(device))[:, None]  # columns before each row's prompt, (B, 1)
         # they hold a token that the row has anyway, so that repetition_penalty takes nothing else for seen
         idx = idx[:, -1:].where(torch.arange(T, device=device) < empty, idx)
-    cache = model.new_cache(B, min(T + max_new_tokens, block_size))
+    cache = model.new_cache(B, min(T + max_new_tokens, block_size), idx.device)
     new = idx
     for i in range(max_new_tokens):
         S = min(T + i, block_size)  # columns in the window

@@ -285,13 +285,14 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.float().view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return logits if return_logits else None, loss
 
-    def new_cache(self, batch_size, room=None):
+    def new_cache(self, batch_size, room=None, device=None):
         """An empty cache of keys and values of batch_size rows, for forward(cache=…), with room for so many tokens
         (block_size by default). They are what the matrix products give: of the autocast type inside autocast."""
         weight = self.lm_head.weight
-        kind = weight.device.type
+        device = device or weight.device  # where the computing is, when the weights themselves are offloaded
+        kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return [LayerCache(self.config, batch_size, room or self.config.block_size, weight.device, dtype)
+        return [LayerCache(self.config, batch_size, room or self.config.block_size, device, dtype)
                 for _ in self.transformer.h]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
