@@ -44,6 +44,14 @@ def autocast(dtype, device):
     return torch.autocast(torch.device(device).type, DTYPES[dtype])
 
 
+def keep_products_in(dtype, model):
+    """Store the weights of matrix products in dtype, for writing and scoring: what autocast gives them stays the same,
+    and need not be made anew for every token. Everything else stays float32."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(DTYPES[dtype])
+
+
 def pick_compile(compile, device):
     """'auto' is True where torch.compile works, which it finds out by compiling one addition."""
     if compile in (True, False):

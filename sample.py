@@ -18,7 +18,7 @@ import torch
 from checkpoint import load_model
 from configurator import configure
 from data.tokenizer import get_tokenizer
-from device import DTYPES, autocast, pick_device, pick_dtype
+from device import autocast, keep_products_in, pick_device, pick_dtype
 from generate import check_sampling, stream
 
 # -----------------------------------------------------------------------------
@@ -137,9 +137,7 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
-for module in model.modules():  # what autocast would turn into dtype for every token, once
-    if isinstance(module, torch.nn.Linear):
-        module.to(DTYPES[dtype])
+keep_products_in(dtype, model)
 
 sys.stdout.reconfigure(errors='replace')  # for terminals that do not have every character
 if hasattr(signal, 'SIGPIPE'):
