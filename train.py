@@ -99,6 +99,7 @@ device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
 compile = 'auto'  # True, False, or where torch.compile works
 seed = 1337
+profile = False  # write what the device does in steps 5 to 7 to out_dir/trace.json, for https://ui.perfetto.dev
 # the plan
 plan = False  # run nothing, but print what the run will need: compute, memory, hours, money
 plan_gpus = 8  # GPUs that it will have
@@ -338,6 +339,13 @@ if resumed and len(resumed['random']) == job.world_size:
     checkpoint.set_random_state(resumed['random'][job.rank], device)
 del resumed
 
+tracer = None
+if profile and job.master:
+    tracer = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
+    tracer.start()
+
 model.train()
 while True:
     if due(eval_interval) or due(hellaswag_interval) or due(sample_interval) or eval_only:
@@ -384,6 +392,8 @@ while True:
     else:
         bad_steps, skipped = bad_steps + 1, skipped + 1
     step += 1
+    if tracer:
+        tracer.step()
     seconds = time.perf_counter() - began
     tokens_per_s = tokens_per_step / seconds
     mfu = model.flops_per_token() * tokens_per_s / peak
