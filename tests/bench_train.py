@@ -56,7 +56,7 @@ def our_model():
     from model import GPT, GPTConfig
     from optimizers import configure_optimizers
     model = GPT(GPTConfig(block_size=block_size)).to(device)
-    return model, configure_optimizers(model, 0.1, 6e-4, (0.9, 0.95)), lambda x, y: model(x, y, return_logits=False)
+    return model, configure_optimizers(model, 'adamw', 6e-4, 0.1, (0.9, 0.95)), lambda x, y: model(x, y, return_logits=False)
 
 
 def peer_model():
@@ -70,14 +70,14 @@ def peer_model():
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), kind)
     else:
         optimizer = model.configure_optimizers(0.1, 6e-4, kind)
-    return model, optimizer, model
+    return model, [optimizer], model
 
 
 def measure():
     """Print 'tokens/s, peak memory in bytes' of the role."""
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision('high')
-    model, optimizer, forward = our_model() if role == 'ours' else peer_model()
+    model, optimizers, forward = our_model() if role == 'ours' else peer_model()
     if compile:
         model.compile()
     x, y = torch.randint(0, 50257, (2, batch_size, block_size), device=device)
@@ -89,8 +89,9 @@ def measure():
             _, loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         times.append(time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated() if 'cuda' in device else 0
