@@ -74,7 +74,7 @@ def left_padded(empty, S, T):
     columns = torch.arange(S, device=empty.device)
     rows = columns[-T:, None]
     mask = (columns >= empty)[:, None, None] & (columns <= rows)
-    mask |= columns == rows  # an ignored token looks at itself, since a softmax over nothing is NaN
+    mask |= columns == rows  # an ignored token looks at itself: a softmax over nothing may be NaN
     return (columns[-T:] - empty).clamp(min=0), mask
 
 

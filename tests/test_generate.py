@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from generate import next_token_probs, penalize, stream
+from generate import left_padded, next_token_probs, penalize, stream
 from model import GPT, GPTConfig
 from test_model import VARIANTS
 
@@ -95,12 +95,20 @@ def test_rows_of_different_lengths_go_on_as_if_alone(model, options):
         assert torch.equal(row[20 - prompt.size(1):], expected[0]), f'row {i}'
 
 
+def test_an_ignored_token_looks_somewhere():
+    """Not every kernel's softmax over nothing is a number."""
+    positions, mask = left_padded(torch.tensor([[0], [3]]), 5, 5)
+    assert positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]] and mask.any(dim=-1).all()
+    assert mask[1, 0, 4].tolist() == [False, False, False, True, True]
+
+
 def test_seeds_decide(model):
     idx = prompts(1, 4).repeat(4, 1)
     first = model.generate(idx, 20, seeds=[7, 8, 7, 9])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     assert torch.equal(first[[3]], model.generate(idx[:1], 20, seeds=[9]))
     assert torch.equal(first[:, :14], model.generate(idx, 10, seeds=[7, 8, 7, 9]))  # however many are asked for
+    assert len(model.generate(idx[:1], 20, temperature=1e6, seeds=[7]).unique()) > 12  # another draw for each token
     torch.manual_seed(3)
     a, b = model.generate(idx, 20), model.generate(idx, 20)
     torch.manual_seed(3)
