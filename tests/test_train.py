@@ -33,6 +33,8 @@ def test_a_run_learns_and_leaves_a_log_and_a_checkpoint(dataset, tmp_path):
     assert training[-1]['loss'] < 4 and log[-1]['val_loss'] < 4 < log[0]['val_loss']
     checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     assert checkpoint['iter_num'] == 60 and checkpoint['tokenizer'] == 'bytes'
+    weights = checkpoint['model']
+    assert weights['lm_head.weight'].data_ptr() == weights['transformer.wte.weight'].data_ptr()  # tied, and written once
     text = run('sample.py', f'--out_dir={tmp_path / "out"}', '--num_samples=1', '--max_new_tokens=10').out
     assert text.strip()
 
@@ -150,3 +152,24 @@ def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
 def test_a_process_alone_ends_in_one_line_and_a_status(dataset, tmp_path):
     assert run(*tiny(dataset, tmp_path, '--n_head=5'), expect=1).err == 'n_embd=32 must be a multiple of n_head=5\n'
     assert run(*tiny(dataset, tmp_path, '--n_heads=5'), expect=2).err.count('\n') == 1
+
+
+def test_everything_that_scores_works_compiled(dataset, tmp_path):
+    """Validation of a mixture, HellaSwag and samples between compiled steps, and a trace of them."""
+    items = tmp_path / 'items.jsonl'
+    item = {'ctx': 'import', 'label': 2, 'endings': ['os', 'path as p', 'sys', 'the']}
+    items.write_text(f'{json.dumps(item)}\n' * 3)
+    other = tmp_path / 'other'
+    run('data/stdlib/prepare.py', f'--out_dir={other}')
+    out_dir = tmp_path / 'out'
+    process = run(*tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', '--n_layer=1', '--max_iters=8',
+                        '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}', '--sample_interval=4',
+                        '--profile'))
+    assert ' compiled' in process.out and process.out.count('hellaswag') == 3 and process.out.count('  > ') == 6
+    final = read_log(out_dir)[-1]
+    assert final['hellaswag'] in (0, 1)  # the three items are one
+    losses, drawn = final['val_losses'].values(), final['drawn'].values()
+    assert final['val_loss'] == pytest.approx(sum(w * loss for w, loss in zip((0.75, 0.25), losses)))
+    assert sum(part['share'] for part in drawn) == pytest.approx(1) and len(drawn) == 2
+    trace = json.loads((out_dir / 'trace.json').read_text())
+    assert sum(event.get('name', '').startswith('ProfilerStep') for event in trace['traceEvents']) >= 3
