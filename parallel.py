@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -55,13 +56,34 @@ def start(device, backend='auto', timeout=600):
         if not dist.is_backend_available(name.split(':')[-1]):
             sys.exit(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; auto takes the one that fits')
     try:
-        store, *_ = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
+        board, *_ = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
     except ValueError as error:  # RANK alone
         sys.exit(f'RANK is set, but not what else torchrun sets: {error}')
+    store = clean_part(board, timeout)
     dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=2 * timeout + 60))  # the watch speaks first, and plainer
     threading.Thread(target=watch, args=(timeout,), daemon=True).start()
     return device
+
+
+def clean_part(board, timeout):
+    """A part of the board for these processes alone. torchrun hands the same board to the processes that it starts
+    after a failure, with all that the dead have written, and who read their addresses would wait for them."""
+    me = uuid.uuid4().hex
+    if rank > 0:  # give the first process a name that nobody had before, and wait for its answer to that
+        board.set(f'hello/{rank}', me)
+        part = board.get(f'part/{me}').decode()
+        board.add(f'came/{part}', 1)
+        return dist.PrefixStore(part, board)
+    began = time.monotonic()
+    while (came := board.add(f'came/{me}', 0) + 1) < world_size:
+        for other in range(1, world_size):
+            if board.check([f'hello/{other}']):  # perhaps a dead one's, whose answer nobody reads
+                board.set(f'part/{board.get(f"hello/{other}").decode()}', me)
+        if time.monotonic() - began > timeout:
+            sys.exit(f'only {came} of {world_size} processes have come in {timeout} s (dist_timeout)')
+        time.sleep(0.05)
+    return dist.PrefixStore(me, board)
 
 
 def stop():
