@@ -116,7 +116,8 @@ def test_many_prompts_each_as_if_alone(out_dir, tmp_path):
 
 def test_the_seed_and_the_file_of_a_prompt(out_dir, tmp_path):
     (tmp_path / 'prompt.txt').write_text('Über\nmut', encoding='utf-8')
-    args = [f'--out_dir={out_dir}', '--max_new_tokens=40', '--temperature=3.0', f'--start=FILE:{tmp_path}/prompt.txt']
+    args = [f'--out_dir={out_dir}', '--max_new_tokens=40', '--temperature=3.0', '--dtype=float32',
+            f'--start=FILE:{tmp_path}/prompt.txt']
     first = run('sample.py', *args, '--num_samples=2').out.split('---------------\n')
     assert len(first) == 3 and first[0] != first[1] and first[0].startswith('Über\nmut')
     assert run('sample.py', *args, '--num_samples=1', '--seed=1338').out.split('---------------\n')[0] == first[1]
