@@ -19,7 +19,6 @@ each token sees the context and its own ending, up to itself; with a context c o
 That is half the tokens, and the same losses.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,13 +26,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint import load_model
 from configurator import configure
+from data.download import download, write
 from data.tokenizer import get_tokenizer
 from device import autocast, pick_device, pick_dtype
 
@@ -53,35 +52,10 @@ SHA256 = '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'
 FILE = Path(__file__).parent / 'data' / 'hellaswag' / 'hellaswag_val.jsonl'
 
 
-def download():
-    """The path of the validation set, fetched if it is not there. Exits with one line if that fails."""
-    if not FILE.exists():
-        try:
-            response = requests.get(URL, timeout=60)
-            response.raise_for_status()
-            if hashlib.sha256(response.content).hexdigest() != SHA256:
-                sys.exit(f'{URL} is damaged (its SHA-256 differs): try again, or name the file with --data=FILE')
-            FILE.parent.mkdir(parents=True, exist_ok=True)
-            write(FILE, response.content)
-        except OSError as error:  # requests' errors are OSErrors, too
-            sys.exit(f'cannot fetch {URL} ({type(error).__name__}): go online, or name the file with --data=FILE')
-    return FILE
-
-
-def write(path, content):
-    """Write bytes to path under a temporary name, then give them their own: half a file is never there."""
-    temporary = f'{path}.{os.getpid()}.tmp'  # several processes may do this at once
-    with open(temporary, 'wb') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def load_items(path='', limit=0):
     """The first limit (0: all) items of a file, or of the validation set: dicts with at least ctx, label (0 to 3)
     and endings (four strings). Exits with one line that names the file and the line of what is wrong."""
-    items, path = [], path or download()
+    items, path = [], path or download(URL, SHA256, FILE, '--data=FILE (to train.py as --hellaswag_data=FILE)')
     where = path
     try:
         with open(path, encoding='utf-8') as f:
@@ -136,7 +110,7 @@ def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_token
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
     rows = [pack(item, tokenizer, model.config.block_size) for item in items]
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # the longest first: memory fails at once or never
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # the longest first, so that memory fails at once
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
     bar = tqdm(total=len(rows), unit=' items', disable=None if progress else True)  # None: unless nobody watches
     with autocast(dtype, device):

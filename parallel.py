@@ -191,7 +191,8 @@ def watch(timeout):
         store.set(f'alive/{rank}', f'{progress[0]} {time.monotonic()} {socket.gethostname()}')
 
     def told():
-        return {r: store.get(f'alive/{r}').decode() if store.check([f'alive/{r}']) else '-1 0 ?' for r in range(world_size)}
+        return {r: store.get(f'alive/{r}').decode() if store.check([f'alive/{r}']) else '-1 0 ?'
+                for r in range(world_size)}
 
     while True:
         try:

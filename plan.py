@@ -113,7 +113,8 @@ def remedy(model, config, gpus, room):
 def report(config):
     """The plan as text, for train.py's settings. Raises ValueError if they make no model."""
     model, gpus = empty_model(config), config['plan_gpus']
-    n, non_embedding = model.get_num_params(non_embedding=False), sum(p.numel() for p in model.transformer.h.parameters())
+    n = model.get_num_params(non_embedding=False)
+    non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
             or config['total_batch_size'])
     tokens = step * config['max_iters']
@@ -126,17 +127,18 @@ def report(config):
         f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
-        f'loss to expect        {chinchilla:.2f} by Chinchilla\'s fit, {kaplan:.2f} by Kaplan\'s law, in nats per token, '
-        'each for its own text and tokenizer', '',
+        f'loss to expect        {chinchilla:.2f} by Chinchilla\'s fit, {kaplan:.2f} by Kaplan\'s law, in nats per token',
+        '                      (each for the text and the tokenizer of its paper)', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
-        *(f'  {part:<20}{size / GB:11.6g}' + ('  (about)' if part == 'activations' else '') for part, size in parts.items()),
-        f'  {"together":<20}{sum(parts.values()) / GB:11.6g}', '',
+        *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
+        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}', '',
         f'on {gpus} GPUs at {config["plan_mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
     for gpu, peak in PEAK_FLOPS.items():
         hours = flops / (peak * config['plan_mfu']) / 3600
         change = remedy(model, config, gpus, USABLE * MEMORY[gpu] * GB)
-        fit = 'no: more GPUs with --parallel=fsdp, or a smaller model' if change is None else f'with {change}' if change else 'yes'
+        fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
+               else f'with {change}' if change else 'yes')
         lines.append(f'  {gpu:<10}{MEMORY[gpu]:>5}{hours / gpus:>11,.1f}{hours:>11,.1f}'
                      f'{hours * config["gpu_hour_price"]:>12,.0f}  {fit}')
     return '\n'.join(lines)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, fields
+from datetime import timedelta
 
 import torch
 
@@ -35,7 +36,7 @@ from plan import report
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # where checkpoints (ckpt.pt) and the log (log.jsonl) go
-init_from = 'scratch'  # or 'resume', or 'auto': resume if there is a checkpoint; or weights: 'gpt2' to 'gpt2-xl', a folder, a .pt file
+init_from = 'scratch'  # or 'resume'; 'auto': resume if one can; or weights: 'gpt2' to 'gpt2-xl', a folder, a .pt file
 eval_interval = 250  # steps from one evaluation, and checkpoint, to the next
 eval_iters = 160  # batches of validation data in an evaluation, always the same ones
 eval_only = False  # evaluate once and exit
@@ -86,11 +87,11 @@ warmup_iters = 715  # steps to reach learning_rate: 375 million tokens, as GPT-3
 lr_decay_iters = 0  # steps to reach min_lr; 0: max_iters
 min_lr = 6e-5  # where the learning rate ends
 skip_spikes = 0.0  # skip a step whose gradient is more than so many standard deviations longer than usual; 0 is off
-max_bad_steps = 50  # stop after so many skipped steps in a row; one without a finite loss and gradient is always skipped
+max_bad_steps = 50  # stop after so many skipped steps in a row; one whose gradient is not finite is always skipped
 # system
 parallel = 'ddp'  # 'zero1' shards the optimizer's state over the processes, 'fsdp' the weights and gradients too
 replicas = 1  # with fsdp: so many groups of processes hold the whole model; one a machine saves much traffic
-sharded_checkpoints = False  # with fsdp: each process writes its own share of a checkpoint, into a folder beside ckpt.pt
+sharded_checkpoints = False  # with fsdp: each process writes its share of a checkpoint, into a folder beside ckpt.pt
 cpu_offload = False  # with fsdp: weights and optimizer state stay in the CPU's memory between uses
 activation_checkpointing = False  # compute each block twice, to save most of the activations' memory
 dist_timeout = 600  # seconds until processes that wait for another one give it up, and end
@@ -199,7 +200,8 @@ if compiled:
     model.compile()
 train_model = job.wrap(model, device, parallel, dtype, replicas, cpu_offload)
 try:
-    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), parallel == 'zero1')
+    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2),
+                                      sharded=parallel == 'zero1')
 except ValueError as error:
     sys.exit(str(error))
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
@@ -398,9 +400,10 @@ while True:
     tokens_per_s = tokens_per_step / seconds
     mfu = model.flops_per_token() * tokens_per_s / peak
     if step % log_interval == 0 or step == max_iters or not good:
-        left = time.strftime('%H:%M:%S', time.gmtime((max_iters - step) * seconds))
+        left = timedelta(seconds=round((max_iters - step) * seconds))
+        note = '' if good else f' | skipped ({skipped} so far)'
         say(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
-            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left{"" if good else f" | skipped ({skipped} so far)"}')
+            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left{note}')
         log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
              'tokens_per_s': tokens_per_s, 'mfu': mfu, 'skipped': skipped})
     if bad_steps == max_bad_steps:

@@ -22,6 +22,6 @@ warmup_iters = 100
 
 batch_size = 64
 max_iters = 9536  # 5 billion tokens, half of config/gpt2.py's
-eval_interval = 250
-hellaswag_interval = 250
-sample_interval = 250
+eval_interval = 500
+hellaswag_interval = 500
+sample_interval = 500

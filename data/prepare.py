@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
+from data.download import write
 from data.tokenizer import get_tokenizer
 
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
@@ -82,7 +83,7 @@ def write_shards(out_dir, corpora, state, num_proc, total):
     def save_progress():
         if seen:
             seen.commit()
-        write_file(out_dir / 'progress.json', state | {'place': place})
+        write(out_dir / 'progress.json', json.dumps(state | {'place': place}, indent=1).encode())
 
     save_progress()
     bar = tqdm(total=max_tokens or None, initial=written, unit='tok', unit_scale=True, disable=None)
@@ -313,20 +314,10 @@ def finish(out_dir, state):
             'tokens': {split: sum(entry['tokens'] for entry in shards) for split, shards in splits.items()},
             'documents': state['place']['counts'], 'source': state['source'], 'settings': state['settings'],
             'shards': splits['train'] + splits['val']}
-    write_file(out_dir / 'meta.json', meta)
-    for name in ('progress.json', 'shard.tmp', 'seen.sqlite'):
-        (out_dir / name).unlink(missing_ok=True)
+    write(out_dir / 'meta.json', json.dumps(meta, indent=1).encode())
+    for path in (out_dir / 'progress.json', out_dir / 'seen.sqlite', *out_dir.glob('*.tmp')):
+        path.unlink(missing_ok=True)
     return meta
-
-
-def write_file(path, content):
-    """Write JSON under a temporary name, and rename it when it is on the disk."""
-    tmp = path.with_suffix('.tmp')
-    with open(tmp, 'w') as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
 
 
 def report(out_dir, meta):
