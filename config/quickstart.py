@@ -3,6 +3,8 @@
 # python train.py config/quickstart.py
 # python sample.py --out_dir=out-quickstart
 
+from config.gpt2_fast import bias, min_lr, mlp, norm, optimizer, position, qk_norm, zero_init  # its recipe
+
 out_dir = 'out-quickstart'
 dataset = 'stdlib'
 eval_interval = 100
@@ -14,20 +16,11 @@ batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 128
 
-# config/gpt2_fast.py's recipe, small
 n_layer = 4
 n_head = 4
 n_embd = 128
-bias = False
-position = 'rope'
-norm = 'rmsnorm'
-qk_norm = True
-mlp = 'relu2'
-zero_init = True
 
-optimizer = 'muon'
 learning_rate = 5e-3
-min_lr = 0.0
 lr_schedule = 'linear'
 warmup_iters = 20
 max_iters = 500

@@ -2,6 +2,8 @@
 # python data/shakespeare_char/prepare.py
 # python train.py config/shakespeare_char_fast.py
 
+from config.gpt2_fast import bias, min_lr, mlp, norm, optimizer, position, qk_norm, zero_init  # its recipe
+
 out_dir = 'out-shakespeare-char-fast'
 dataset = 'shakespeare_char'
 eval_interval = 300
@@ -15,16 +17,8 @@ block_size = 128
 n_layer = 4
 n_head = 4
 n_embd = 128
-bias = False
-position = 'rope'
-norm = 'rmsnorm'
-qk_norm = True
-mlp = 'relu2'
-zero_init = True
 
-optimizer = 'muon'
 learning_rate = 5e-3
-min_lr = 0.0
 lr_schedule = 'linear'
 warmup_iters = 20
 max_iters = 600

@@ -30,7 +30,7 @@ SIZES = ['--dataset=stdlib', '--block_size=128', '--batch_size=16', '--gradient_
          '--n_head=6', '--n_embd=192', '--eval_interval=25', '--eval_iters=40', '--log_interval=1',
          '--warmup_iters=20', '--sample_interval=0', '--hellaswag_interval=0', '--compile=False']
 GPT2 = {f"GPT-2's recipe, learning rate {rate:g}": ['config/gpt2.py', f'--learning_rate={rate}', f'--min_lr={rate / 10}']
-        for rate in (1e-3, 3e-3, 6e-3)}
+        for rate in (5e-4, 1e-3, 3e-3)}
 FAST = ['config/gpt2_fast.py', '--learning_rate=5e-3']
 PARTS = {'without RoPE (learned positions)': ['--position=learned'],
          'without QK-norm': ['--qk_norm=False'],

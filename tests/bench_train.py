@@ -5,7 +5,7 @@ Training speed: tokens a second of the step that train.py runs, beside a peer's,
     python tests/bench_train.py --peer=../build-nanogpt --batch_size=64
 
 Each is compiled and measured in a process of its own, turn by turn, so that a machine that drifts slows all alike.
-The rates are medians; the ceiling is a large bfloat16 matrix product on the same device in the same run.
+The rates are medians; the ceiling is that of large bfloat16 matrix products on the same device between them.
 """
 
 import ast
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from configurator import configure
-from device import autocast, peak_flops, pick_compile, pick_device, pick_dtype, synchronize
+from device import autocast, pick_compile, pick_device, pick_dtype, synchronize
 
 peer = ''  # a checkout of nanoGPT or build-nanogpt
 peer_compile = 'auto'  # nanoGPT's default is True, and False is what its README gives for a CPU
@@ -56,7 +56,8 @@ def our_model():
     from model import GPT, GPTConfig
     from optimizers import configure_optimizers
     model = GPT(GPTConfig(block_size=block_size)).to(device)
-    return model, configure_optimizers(model, 'adamw', 6e-4, 0.1, (0.9, 0.95)), lambda x, y: model(x, y, return_logits=False)
+    optimizers = configure_optimizers(model, 'adamw', 6e-4, 0.1, (0.9, 0.95))
+    return model, optimizers, lambda x, y: model(x, y, return_logits=False)
 
 
 def peer_model():
@@ -108,39 +109,44 @@ def run(role, **settings):
     return [float(v) for v in lines[0].split()[1:]]
 
 
+def product_rates():
+    """FLOP/s of some large bfloat16 products: what no training step can exceed."""
+    n = 8192 if 'cuda' in device else 4096
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rates = []
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        rates.append(2 * n**3 / (time.perf_counter() - began))
+    return rates[1:]
+
+
 def main():
-    ceiling = peak_flops('bfloat16', device)  # replaced below by a measurement on GPUs
-    if 'cuda' in device:
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-        times = []
-        for _ in range(20):
-            synchronize(device)
-            began = time.perf_counter()
-            a @ b
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        ceiling = 2 * 8192**3 / statistics.median(times)
-        del a, b
-        torch.cuda.empty_cache()
     from model import GPT, GPTConfig
     with torch.device('meta'):
         flops = GPT(GPTConfig(block_size=block_size)).flops_per_token()
     print(f'{torch.__version__}, {torch.cuda.get_device_name() if "cuda" in device else "CPU"}, '
-          f'{torch.get_num_threads()} threads; ceiling {ceiling / 1e12:.2f} TFLOP/s = {ceiling / flops:,.0f} tokens/s')
-    ours, theirs = [], []
+          f'{torch.get_num_threads()} threads')
+    products, ours, theirs = [], [], []
     for _ in range(rounds):
+        products += product_rates()
         ours.append(run('ours', device=device, dtype=dtype, compile=compile))
         if peer:
             theirs.append(run('peer', device=device, dtype=peer_dtype, compile=peer_compile))
         print(f'  {ours[-1][0]:,.0f}', f'{theirs[-1][0]:,.0f}' if peer else '', flush=True)
-    rate, memory = (statistics.median(values) for values in zip(*ours))
-    print(f'ours: {rate:,.0f} tokens/s, {rate * flops / ceiling:.1%} of the ceiling, {memory / 2**30:.1f} GiB '
-          f'({dtype}, {"compiled" if compile else "not compiled"})')
+    ceiling = statistics.median(products)
+    print(f'ceiling: {ceiling / 1e12:.2f} TFLOP/s = {ceiling / flops:,.0f} tokens/s')
+    rates = []
+    for name, runs, *how in ('ours', ours, dtype, compile), (Path(peer).name, theirs, peer_dtype, peer_compile):
+        if runs:
+            rate, memory = (statistics.median(values) for values in zip(*runs))
+            rates.append(rate)
+            print(f'{name}: {rate:,.0f} tokens/s, {rate * flops / ceiling:.1%} of the ceiling'
+                  f'{f", {memory / 2**30:.1f} GiB" if memory else ""} ({how[0]}, {"" if how[1] else "not "}compiled)')
     if peer:
-        peer_rate, peer_memory = (statistics.median(values) for values in zip(*theirs))
-        print(f'{Path(peer).name}: {peer_rate:,.0f} tokens/s, {peer_rate * flops / ceiling:.1%} of the ceiling, '
-              f'{peer_memory / 2**30:.1f} GiB ({peer_dtype}, {"compiled" if peer_compile else "not compiled"})')
-        print(f'ratio: {rate / peer_rate:.2f}')
+        print(f'ratio: {rates[0] / rates[1]:.2f}')
 
 
 if __name__ == '__main__':
