@@ -44,7 +44,7 @@ def training_state(model, optimizers):
     if weights:  # tied weights were gathered one by one
         weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
     state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
-    return copied(state, {}) if next(model.parameters()).device.type == 'cpu' else state
+    return state if next(model.parameters()).is_cuda else copied(state, {})  # those of a GPU are copies already
 
 
 def sharded_state(model, optimizers, out_dir):
@@ -149,6 +149,8 @@ def write(checkpoint, out_dir, best, keep):
     last: what a resume starts from has all that came with it. A full disk is reported, and leaves all as it was."""
     step, temporary = checkpoint['iter_num'], out_dir / f'{NAME}.tmp'
     try:
+        if temporary.is_file():
+            temporary.unlink()  # a killed run's, and perhaps ckpt_best.pt under another name
         if 'shards' in checkpoint:
             dcp.save(checkpoint.pop('tensors'), process_group=writers, storage_writer=dcp.HuggingFaceStorageWriter(
                 str(out_dir / checkpoint['shards']), save_distributed=True))
@@ -173,6 +175,7 @@ def write(checkpoint, out_dir, best, keep):
             if dist.get_rank():
                 return False
             error = next(iter(error.failures.values()))[0]  # of the first process that has one
+            shutil.rmtree(out_dir / checkpoint['shards'], ignore_errors=True)
         temporary.unlink(missing_ok=True)
         before = f'{out_dir / NAME} is still the one before' if (out_dir / NAME).exists() else 'there is none yet'
         print(f'the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): {before}',

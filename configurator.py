@@ -30,7 +30,7 @@ def configure(script):
     A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
     True or False for the string 'auto'. What is wrong ends in one line on stderr and exit status 2.
     """
-    defaults = {k: script[k] for k in assignments(script['__file__']) if is_setting(k, script.get(k))}
+    defaults = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
         sys.exit(print_help(script, defaults))
     config = dict(defaults)
@@ -49,15 +49,15 @@ def is_setting(name, value):
     return name.islower() and name[0] != '_' and type(value) in TYPES
 
 def assignments(file):
-    """{name: node} of what the top level of a Python file assigns, in order."""
+    """[(name, node)] of what the top level of a Python file assigns, in order."""
     with tokenize.open(file) as f:
         nodes = [node for node in ast.parse(f.read()).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    return {name.id: node for node in nodes for name in ast.walk(node)
-            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    return [(name.id, node) for node in nodes for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
 
 def parse(text, default):
     """The value that `text` spells for a setting with this default, or `text` itself where it spells none."""
-    if type(default) is bool or default == 'auto':
+    if type(default) is bool or default == 'auto' and not text.isdigit():  # a device may be a number
         return BOOLS.get(text, text)
     try:
         return type(default)(text)
@@ -82,7 +82,7 @@ def run_file(file, config, defaults):
         fail(f'{file}: no such file')
     try:
         result = runpy.run_path(file, init_globals=config)
-        lines = {name: node.lineno for name, node in assignments(file).items()}
+        lines = {name: node.lineno for name, node in assignments(file)}
     except Exception as error:  # whatever the user's code raises; a SyntaxError has no frame in the file
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = [getattr(error, 'lineno', 1), *frames][-1]
@@ -101,7 +101,7 @@ def print_help(script, defaults):
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
     print((script['__doc__'] or '').strip())
     print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
-    nodes = assignments(script['__file__'])
+    nodes = dict(reversed(assignments(script['__file__'])))  # a script may assign a setting again, further down
     indent = max((len(f'  --{name}={value!r}  ') for name, value in defaults.items()), default=0)
     width = max(shutil.get_terminal_size().columns, indent + 30)
     for name, value in defaults.items():

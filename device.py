@@ -20,7 +20,7 @@ def pick_device(device='auto'):
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         sys.exit(f'device={device} cannot be used here ({str(error).splitlines()[0]}): try --device=cpu')
     return device
 
@@ -45,8 +45,10 @@ def autocast(dtype, device):
 
 
 def keep_products_in(dtype, model):
-    """Store the weights of matrix products in dtype, for writing and scoring: what autocast gives them stays the same,
-    and need not be made anew for every token. Everything else stays float32."""
+    """Store the weights of matrix products in dtype, to write with: they are what autocast would make of them, and need
+    not be made anew for every token. Everything else stays float32, the token embedding too."""
+    embedding = model.transformer.wte
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # else it is the head's
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(DTYPES[dtype])
@@ -70,7 +72,7 @@ def synchronize(device):
     """Wait until the device has done all it was given."""
     if 'cuda' in device:
         torch.cuda.synchronize()
-    elif device == 'mps':
+    elif 'mps' in device:
         torch.mps.synchronize()
 
 

@@ -49,18 +49,19 @@ def windows(n_tokens, block_size, stride):
 
 @torch.inference_mode()
 def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dtype='float32'):
-    """The summed loss in nats of tokens (N,) int64, all but the first, read through a window that moves by stride."""
+    """The summed loss in nats of token ids (N,), all but the first, read through a window that moves by stride."""
     total, todo = 0.0, list(windows(len(tokens), block_size, stride))
     for i in tqdm(range(0, len(todo), batch_size), unit=' batches', disable=None):
         batch = todo[i:i + batch_size]
         idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
         targets = torch.full_like(idx, -1)
         for row, (begin, end, first) in enumerate(batch):
-            idx[row, :end - begin - 1] = tokens[begin:end - 1]
-            targets[row, first - begin - 1:end - begin - 1] = tokens[first:end]
+            window = torch.from_numpy(tokens[begin:end].astype(np.int64))
+            idx[row, :end - begin - 1] = window[:-1]
+            targets[row, first - begin - 1:end - begin - 1] = window[first - begin:]
         with autocast(dtype, device):
             _, loss = model(idx.to(device), targets.to(device), return_logits=False, reduction='none')
-        total += loss.double().sum().item()
+        total += loss.cpu().double().sum().item()
     return total
 
 
@@ -82,11 +83,12 @@ if __name__ == '__main__':
     count = min(data.n_tokens, max_tokens or data.n_tokens)
     if count < 2:
         sys.exit(f'{dataset} has {count} tokens to evaluate: there must be two')
-    tokens = torch.from_numpy(data.read(np.array([0]), count)[0].astype('int64'))
+    tokens = data.read(np.array([0]), count)[0]
     loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
-    scored = tokens[1:]
-    n_bytes = len(get_tokenizer(name).decode_bytes(scored[scored != data.eot]))  # the end of a text is no byte of it
-    print(f'{len(scored):,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
-    print(f'loss           {loss / len(scored):.4f} nats a token')
-    print(f'perplexity     {math.exp(min(700, loss / len(scored))):.2f}')
+    lengths = [len(get_tokenizer(name).decode_bytes([i])) for i in range(data.vocab_size)]
+    lengths[data.eot] = 0  # the end of a text is no byte of it
+    n_bytes = int(np.bincount(tokens[1:], minlength=data.vocab_size) @ lengths)
+    print(f'{count - 1:,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
+    print(f'loss           {loss / (count - 1):.4f} nats a token')
+    print(f'perplexity     {math.exp(min(700, loss / (count - 1))):.2f}')
     print(f'bits per byte  {loss / math.log(2) / max(1, n_bytes):.4f}')

@@ -7,6 +7,7 @@ nanoGPT's, build-nanogpt's: python export.py --init_from=../nanoGPT/out/ckpt.pt 
 The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py have.
 """
 
+import os
 import sys
 
 from checkpoint import load_model
@@ -21,6 +22,8 @@ config = configure(globals())
 
 if not folder:
     sys.exit('--folder=FOLDER says where to write')
+if os.path.exists(os.path.join(folder, 'config.json')):
+    sys.exit(f'{folder} holds a model already: give another folder')
 model, tokenizer = load_model(init_from, out_dir, device='cpu')
 try:
     model.save_pretrained(folder, tokenizer)

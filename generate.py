@@ -123,5 +123,6 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
 
 def draw(probs, uniform):
     """One token of each row of probs (B, V): the first at which their running sum passes uniform (B, 1), in [0, 1)."""
-    sums = probs.cumsum(dim=-1)
+    exact = torch.float32 if probs.device.type == 'mps' else torch.float64  # so that the sums never fall
+    sums = probs.cumsum(dim=-1, dtype=exact)
     return torch.searchsorted(sums, uniform * sums[:, [-1]], right=True)

@@ -149,8 +149,8 @@ if __name__ == '__main__':
     configure(globals())
     if limit < 0 or batch_tokens < 0:
         sys.exit('limit and batch_tokens must be at least 0')
-    if not os.path.isdir(os.path.dirname(out) or '.'):  # said before the work, not after it
-        sys.exit(f'out={out} cannot be written: there is no folder {os.path.dirname(out)}')
+    if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # said before the work
+        sys.exit(f'out={out} cannot be written: {"it exists" if os.path.exists(out) else "there is no such folder"}')
     items = load_items(data, limit)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)

@@ -237,6 +237,13 @@ class GPT(nn.Module):
             logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
         return logits
 
+    def loss(self, x, targets, return_logits=True):
+        """As forward, of hidden states x (B, T, C). A function of its own, for torch.compile to fuse even where fsdp
+        keeps it from compiling all of forward as one: a product, and float32 logits that are never written down."""
+        logits = self.head(x)
+        loss = F.cross_entropy(logits.float().view(targets.numel(), -1), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, loss
+
     def forward(self, idx, targets=None, return_logits=True, positions=None, mask=None, cache=None,
                 reduction='mean'):
         """Logits and loss of token ids idx (B, T) int64.
@@ -281,9 +288,7 @@ class GPT(nn.Module):
             loss = x.new_zeros(B, T, dtype=torch.float32)
             loss[scored] = F.cross_entropy(self.head(x[scored]).float(), targets[scored], reduction='none')
             return None, loss
-        logits = self.head(x)
-        loss = F.cross_entropy(logits.float().view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
-        return logits if return_logits else None, loss
+        return self.loss(x, targets, return_logits)
 
     def new_cache(self, batch_size, room=None, device=None):
         """An empty cache of keys and values of batch_size rows, for forward(cache=…), with room for so many tokens

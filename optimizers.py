@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from device import DTYPES, pick_dtype
+from device import pick_dtype
 
 
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, sharded=False):
@@ -66,7 +66,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95, share=True):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.splits, self.share = splits, share
-        self.dtype = DTYPES[pick_dtype('auto', str(self.param_groups[0]['params'][0].device))]
+        device = str(self.param_groups[0]['params'][0].device)
+        self.dtype = torch.bfloat16 if pick_dtype('auto', device) == 'bfloat16' else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -41,6 +41,8 @@ def start(device, backend='auto', timeout=600):
     """
     global store
     sys.excepthook = explain
+    if device in ('auto', 'cuda') and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)  # before anything else touches a GPU
     device = pick_device(device)
     if 'RANK' not in os.environ:
         return device
@@ -49,7 +51,6 @@ def start(device, backend='auto', timeout=600):
         if local_rank >= torch.cuda.device_count():
             sys.exit(f'{torch.cuda.device_count()} GPUs here: lower torchrun\'s --nproc_per_node')
         device = f'cuda:{local_rank}'
-        torch.cuda.set_device(device)
     if backend == 'auto':  # what stays on the CPU is exchanged too, when the optimizer's state is offloaded
         backend = 'cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo'
     for name in backend.split(','):
@@ -96,13 +97,11 @@ def stop():
 
 def check_layout(layout, replicas, cpu_offload, sharded_checkpoints):
     """Exit with one line if these settings make no layout for this number of processes."""
-    if layout not in ('ddp', 'zero1', 'fsdp'):
-        sys.exit(f'parallel={layout} is not one of ddp, zero1, fsdp')
     if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
         sys.exit(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
     if layout != 'ddp' and 'RANK' not in os.environ:
         sys.exit(f'parallel={layout} shares the work of several processes: start them with torchrun')
-    if replicas < 1 or world_size % replicas:
+    if world_size % replicas:
         sys.exit(f'replicas={replicas} must divide the number of processes, {world_size}')
 
 
@@ -156,7 +155,7 @@ def clip_gradients(model, longest):
 def all_sum(*values, device):
     """Each number, or tensor of one, summed over all processes, as floats."""
     meet()
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64 if device != 'mps' else torch.float32, device=device)
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
                          for v in values])
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -237,9 +236,10 @@ def explain(kind, error, trace):
     if kind is KeyboardInterrupt or not first_to_fail():
         pass
     elif kind is torch.OutOfMemoryError or "can't allocate memory" in text:
-        print(f'out of memory on rank {rank}: halve batch_size (the step stays the same), or try '
-              f'--activation_checkpointing=True, or --parallel=fsdp on several GPUs. {text}', file=sys.stderr)
-    elif isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
+        print(f'out of memory on rank {rank}: halve batch_size (the step stays the same, but for a fixed '
+              f'gradient_accumulation_steps), or try --activation_checkpointing=True, or --parallel=fsdp on several GPUs. {text}', file=sys.stderr)
+    elif dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in text.lower()
+                                    or 'Connection' in text):
         print(f'rank {rank} lost the other processes, of which one must have died: {text}', file=sys.stderr)
     else:
         if dist.is_initialized():

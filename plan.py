@@ -99,6 +99,8 @@ def remedy(model, config, gpus, room):
                         ('parallel', 'fsdp'), ('cpu_offload', True)):
         while name == 'batch_size' and not fits() and (config | changes)[name] % 2 == 0:
             changes[name] = (config | changes)[name] // 2  # each step then has twice as many micro-batches
+            if steps := config['gradient_accumulation_steps']:
+                changes['gradient_accumulation_steps'] = steps * config[name] // changes[name]
         if fits():
             return ' '.join(f'--{k}={v}' for k, v in changes.items())
         if name == 'parallel' and (gpus == 1 or config[name] == 'fsdp'):
@@ -111,7 +113,12 @@ def remedy(model, config, gpus, room):
 
 
 def report(config):
-    """The plan as text, for train.py's settings. Raises ValueError if they make no model."""
+    """The plan as text, for train.py's settings. Raises ValueError, with one line, if they make no run."""
+    if config['init_from'] not in ('scratch', 'auto', 'resume'):
+        raise ValueError(f'init_from={config["init_from"]} has sizes of its own, which the plan does not know: give '
+                         '--init_from=scratch, and them as n_layer, n_head and n_embd')
+    if config['plan_gpus'] % config['replicas']:
+        raise ValueError(f'plan_gpus={config["plan_gpus"]} must be a multiple of replicas={config["replicas"]}')
     model, gpus = empty_model(config), config['plan_gpus']
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())

@@ -26,7 +26,7 @@ revision = ''  # a commit, tag or branch; empty is the newest
 streaming = True  # tokenize while it downloads; False: download it all first, and keep it in the cache of `datasets`
 data_files = ''  # your own files instead: patterns as 'a/*.jsonl.gz,b/**/*.txt'; json, jsonl, parquet, csv or text
 text_key = 'text'  # the column that holds the text
-txt_split = 'file'  # what is a document in a text file: the 'file', a 'line', or what stands between 'blank' lines
+txt_split = 'file'  # a document in a text file: the 'file', a 'line', or, for large files, between 'blank' lines
 skip_bad = False  # skip and count what cannot be read, rather than stop and say where it is
 # what is made of it
 tokenizer = 'gpt2'  # or 'bytes'
@@ -46,7 +46,8 @@ name = name or 'sample-10BT' * (dataset == FINEWEB)
 def hub():
     """A dataset on the hub: (corpus, source, number of documents or None). data/prepare.py says what a corpus is."""
     from datasets import load_dataset_builder  # here, because it takes a second that your own files don't need
-    commit = revision or earlier_source(out_dir).get('revision')  # go on with what it was when it began
+    earlier = earlier_source(out_dir)
+    commit = revision or earlier.get('dataset') == dataset and earlier['revision']  # go on with what it was
     try:
         builder = load_dataset_builder(dataset, name or None, revision=commit or None)
         if not streaming:
@@ -68,7 +69,7 @@ def hub():
     files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
     pinned = re.search(r'@([0-9a-f]{40})/', ' '.join(files))
     source = {'dataset': dataset, 'name': name, 'split': split, 'revision': pinned[1] if pinned else revision,
-              'files': files}
+              'files': files, 'streaming': streaming}  # which counts its place in another way
     known = (builder.info.splits or {}).get(split)
     return corpus, source, known and known.num_examples
 

@@ -129,8 +129,8 @@ if min(num_samples, max_new_tokens, batch_size) < 1:
     sys.exit('num_samples, max_new_tokens and batch_size must be at least 1')
 if (start != '') + (prompts != '') + interactive > 1:
     sys.exit('start, prompts and interactive each say what to continue: give only one of them')
-texts = read(prompts).splitlines() if prompts else [read(start[5:]) if start.startswith('FILE:') else start]
-if not texts:
+texts = read(prompts).removesuffix('\n').split('\n') if prompts else [read(start[5:]) if start.startswith('FILE:') else start]
+if texts == [''] and prompts:
     sys.exit(f'{prompts} holds no prompt')
 
 device = pick_device(device)

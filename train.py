@@ -109,32 +109,32 @@ gpu_hour_price = 2.0  # of one GPU, in any currency
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
+if not plan:
+    device = job.start(device, backend, dist_timeout)
+for name, known in ('lr_schedule', ('cosine', 'linear', 'wsd')), ('parallel', ('ddp', 'zero1', 'fsdp')):
+    if config[name] not in known:
+        sys.exit(f'{name}={config[name]} is not one of {", ".join(known)}')
+for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'max_bad_steps',
+             'replicas', 'plan_gpus'):
+    if config[name] < 1:
+        sys.exit(f'{name}={config[name]} must be at least 1')
+for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'skip_spikes', 'keep_checkpoints',
+             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed', 'gpu_hour_price'):
+    if not 0 <= config[name] < math.inf:
+        sys.exit(f'{name}={config[name]} must be a number from 0 up')
+for name in ('beta1', 'beta2', 'wsd_decay', 'plan_mfu'):
+    if not 0 < config[name] < 1:
+        sys.exit(f'{name}={config[name]} must be between 0 and 1')
 if plan:
-    if plan_gpus < 1 or replicas < 1 or plan_gpus % replicas or not 0 < plan_mfu <= 1:
-        sys.exit('plan_gpus must be at least 1 and a multiple of replicas, and plan_mfu above 0 and at most 1')
     try:
         sys.exit(print(report(config)))
     except ValueError as error:
         sys.exit(str(error))
-
-device = job.start(device, backend, dist_timeout)
 job.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 lr_decay_iters = lr_decay_iters or max_iters
-if lr_schedule not in ('cosine', 'linear', 'wsd'):
-    sys.exit(f'lr_schedule={lr_schedule} is not one of cosine, linear, wsd')
-for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'max_bad_steps'):
-    if config[name] < 1:
-        sys.exit(f'{name}={config[name]} must be at least 1')
-for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'skip_spikes', 'keep_checkpoints',
-             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed'):
-    if not 0 <= config[name] < math.inf:
-        sys.exit(f'{name}={config[name]} must be a number from 0 up')
-for name in ('beta1', 'beta2', 'wsd_decay'):
-    if not 0 < config[name] < 1:
-        sys.exit(f'{name}={config[name]} must be between 0 and 1')
 
 
 def say(*args, **kwargs):
@@ -180,7 +180,10 @@ try:
         resumed = checkpoint.load(ckpt_path)
         if 'data' not in resumed:
             sys.exit(f'{ckpt_path} holds weights alone, not where a run was: --init_from={ckpt_path} starts from them')
-        model, vocabulary = checkpoint.model_from(resumed), resumed['tokenizer']
+        if resumed['config']['optimizer'] != optimizer:
+            sys.exit(f'{ckpt_path} has the state of {resumed["config"]["optimizer"]}: --init_from={ckpt_path} starts from '
+                     'its weights alone')
+        model, vocabulary = checkpoint.model_from(resumed, dropout=dropout), resumed['tokenizer']
         step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
         norms.extend(resumed['norms'])
     else:
@@ -207,7 +210,8 @@ except ValueError as error:
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 if resumed:
     checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
-    scaler.load_state_dict(resumed['scaler'])
+    if resumed['scaler']:  # else it ran without one
+        scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
 
 
@@ -233,17 +237,17 @@ def validation_loss(data):
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
-        total, count = total + loss.nan_to_num() * n, count + n  # a batch without targets has no loss
+        total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
     total, count = job.all_sum(total, count, device=device)
     return total / count
 
 
 def sample():
     """Print two short texts by the model. All processes take part; their random numbers stay as they are."""
-    with torch.random.fork_rng(), torch.compiler.set_stance('force_eager'), autocast(dtype, device):
-        torch.manual_seed(seed + step)
+    with torch.compiler.set_stance('force_eager'), autocast(dtype, device):
         start = torch.full((2, 1), tokenizer.eot, device=device)
-        for row in model.generate(start, max_new_tokens=min(64, block_size), top_k=50).tolist():
+        seeds = seed + step, seed + step + 1
+        for row in model.generate(start, max_new_tokens=min(64, block_size), top_k=50, seeds=seeds).tolist():
             say(f'  > {tokenizer.decode(row[1:])!r}')
 
 
@@ -277,8 +281,11 @@ def evaluate():
 
 def log(entry):
     if job.master:
-        with open(log_path, 'a') as f:
-            f.write(json.dumps(entry) + '\n')
+        try:
+            with open(log_path, 'a') as f:
+                f.write(json.dumps(entry) + '\n')
+        except OSError as error:  # a full disk: better a gap in the log than the end of the run
+            print(f'{log_path} could not be written: {error.strerror}', file=sys.stderr, flush=True)
         if wandb_log:
             wandb.log(entry, step=entry['step'])
 
@@ -356,9 +363,8 @@ while True:
             break
         log(result)
         improved = result['val_loss'] < best_val_loss
-        best_val_loss = min(best_val_loss, result['val_loss'])
-        healthy = math.isfinite(result['val_loss']) and not bad_steps
-        if step > 0 and healthy and (improved or always_save_checkpoint):
+        if step > 0 and math.isfinite(result['val_loss']) and (improved or always_save_checkpoint):
+            best_val_loss = min(best_val_loss, result['val_loss'])
             save(best=improved)
     if step >= max_iters:
         break

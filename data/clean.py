@@ -93,8 +93,8 @@ NEAR, PERMUTATIONS, SHINGLE = 0.8, 128, 5  # near duplicates share 80% of their 
 
 
 def exact_keys(text):
-    """One key: a hash of the words, whatever their case and what stands between them."""
-    return [key(' '.join(re.findall(r'\w+', text.lower())).encode())]
+    """One key: a hash of the text, whatever its case and its white space."""
+    return [key(' '.join(text.lower().split()).encode())]
 
 
 def minhash_keys(text):

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = {split: (f'*_{split}_*.npy', f'*_{split}_*.bin', f'*_{split}.bin', f'{split}.bin')
            for split in ('train', 'val')}
 BIN_HEADER, BIN_MAGIC, BIN_VERSION = 256, 20240520, 1   # the length is in int32
+MEND = 'copy it again, or delete the .npy and .json files there and prepare the dataset anew'
 SAMPLE = 4096                                           # ids read at three places of each shard when it is opened
 OPEN_FILES = 768 if sys.platform == 'linux' else 128    # at once; the usual limits are 1,024 and, on macOS, 256
 OPENED, LOCK = {}, threading.Lock()                     # {shard: descriptor}, for all the threads that read
@@ -105,9 +106,12 @@ def read_ids(shard, position, out):
                     os.close(OPENED.pop(next(iter(OPENED))))
                 OPENED[shard] = os.open(shard.path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))   # for Windows
             os.lseek(OPENED[shard], shard.offset + position * shard.dtype.itemsize, os.SEEK_SET)
-            data = os.read(OPENED[shard], out.nbytes)
-        if len(data) < out.nbytes:
-            raise OSError('it is shorter now')
+            data = b''
+            while len(data) < out.nbytes:  # the system gives 2 GB at most at a time
+                piece = os.read(OPENED[shard], out.nbytes - len(data))
+                if not piece:
+                    raise OSError('it is shorter now')
+                data += piece
     except OSError as error:
         sys.exit(f'{shard.path} was there at the start and cannot be read any more: {error}')
     out[:] = np.frombuffer(data, shard.dtype)
@@ -126,7 +130,7 @@ def no_dataset(folder):
     folder = folder.absolute()
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     script = 'prepare_fineweb.py' if folder == ROOT / 'data' / 'fineweb_edu_10B' else place / 'prepare.py'
-    if (ROOT / script).exists():
+    if (ROOT / script).exists() and folder != ROOT / 'data':
         sys.exit(f'no dataset in {place}: run `python {script}` to make it')
     sys.exit(f'no dataset in {place}: `python prepare_fineweb.py --out_dir={place}` makes one '
              'of your --data_files, or of a --dataset on the hub')
@@ -159,13 +163,13 @@ def list_shards(folder, meta, split):
         return [folder / file for file in sorted(meta.shards) if file.startswith(f'{split}_')]
     found = {split: next(filter(None, (sorted(folder.glob(pattern)) for pattern in FOREIGN[split])), [])
              for split in FOREIGN}
-    return found[split] if any(found.values()) else no_dataset(folder)
+    return found.get(split, []) if any(found.values()) else no_dataset(folder)
 
 
 def open_shard(path, meta):
     """The Shard in a file of any of the formats, held against its own header and against meta.json."""
     if not path.is_file():
-        sys.exit(f'{path} is missing, though meta.json lists it: copy it again, or prepare the dataset anew')
+        sys.exit(f'{path} is missing, though meta.json lists it: {MEND}')
     try:
         shard = open_npy(path) if path.suffix == '.npy' else open_bin(path)
         stat = path.stat()
@@ -179,7 +183,7 @@ def open_shard(path, meta):
                              f'and meta.json lists {tokens:,} of {dtype}')
         return shard._replace(changed=stat.st_mtime_ns)
     except (OSError, ValueError) as error:
-        sys.exit(f'{path} is damaged ({error}): copy it again, or prepare the dataset anew')
+        sys.exit(f'{path} is damaged ({error}): {MEND}')
 
 
 def open_npy(path):
@@ -219,8 +223,7 @@ def verify(dataset):
                 while chunk := file.read(2**20):
                     digest.update(chunk)
             if meta.shards and digest.hexdigest() != meta.shards[path.name][2]:
-                sys.exit(f'{path} is damaged (its sha256 is not the one in meta.json): '
-                         'copy it again, or prepare the dataset anew')
+                sys.exit(f'{path} is damaged (its sha256 is not the one in meta.json): {MEND}')
             largest = np.memmap(path, shard.dtype, 'r', shard.offset).max()
             if largest >= meta.vocab_size:
                 sys.exit(outside(shard, largest, meta))

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 
 import pyarrow
@@ -61,7 +62,7 @@ def read(path, text_key, txt_split):
         with pyarrow.input_stream(path) as file:  # decompresses, by the file's ending
             for line, text in reader(io.BufferedReader(file, 1 << 20), text_key, txt_split):
                 yield line, text
-    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
         yield line + 1, Bad(' '.join(str(error).split()))
 
 
@@ -80,10 +81,15 @@ def read_json(file, text_key, _):
 
 def read_csv(file, text_key, _):
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.TextIOWrapper(file, 'utf-8-sig', newline=''), restkey='')
+    text = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')  # one bad byte costs one row
+    rows = csv.DictReader(text, restkey='')
     for row in rows:
-        too_many = '' in row and '' not in rows.fieldnames
-        yield rows.line_num, Bad('more fields than names in the first line') if too_many else field(row, text_key)
+        text = field(row, text_key)
+        if '' in row and '' not in rows.fieldnames:
+            text = Bad('more fields than names in the first line')
+        elif re.search('[\udc80-\udcff]', text):
+            text = Bad('not UTF-8 text')
+        yield rows.line_num, text
 
 
 def read_parquet(file, text_key, _):

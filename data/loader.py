@@ -147,13 +147,14 @@ class Loader:
         """Goes on at that position. A dataset with another order now, or new in the mixture, begins anew."""
         self.ready, self.coming, self.drawn = deque(), None, [0] * len(self.names)
         for k, (name, now) in enumerate(self.state_dict().items()):
-            then = state.get(name, now)
+            then = state.get(name, {})
             if {**then, 'drawn': 0} == now:
                 self.drawn[k] = then['drawn']
             elif self.rank == 0:
-                changed = ', '.join(f'{key} was {then[key]}, is {now[key]}' for key in now
+                changed = ', '.join(f'{key} was {then[key]}, is {now[key]}' for key in then
                                     if key != 'drawn' and then[key] != now[key])
-                print(f'{name} is read in another order from here on, from its beginning: {changed}')
+                print(f'{name} is read in another order from here on, from its beginning: {changed}' if then else
+                      f'{name} is new in this run, and read from its beginning')
 
 
 def parse_mixture(dataset):

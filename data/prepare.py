@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ from data.download import write
 from data.tokenizer import get_tokenizer
 
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
+START_AGAIN = 'delete the .npy and .json files there to start again'
 CHARS_UNDER_WAY = 64_000_000  # what waits for the workers, and behind them for us: a bound on memory
 
 
@@ -60,9 +62,12 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
             if 'format' not in state:
                 write_shards(out_dir, corpora, state, num_proc or cores(), total)
                 state = finish(out_dir, state)
+            for path in (out_dir / 'progress.json', out_dir / 'seen.sqlite', *out_dir.glob('*.tmp')):
+                path.unlink(missing_ok=True)
     except KeyboardInterrupt:
         sys.exit(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
-    except OSError as error:  # a full disk, a network that went away
+    except (OSError, sqlite3.OperationalError, concurrent.futures.BrokenExecutor) as error:
+        # a full disk, a network that went away, a worker that was killed for its memory
         sys.exit(f'{out_dir}: {error}; the same command goes on from the last whole shard')
     report(out_dir, state)
 
@@ -274,14 +279,23 @@ def earlier(out_dir, source, settings):
         if not state['shards']:
             return new
         different = difference(state['settings'], new['settings']) or difference(state['source'], new['source'])
-        gone = {entry['file'] for entry in state['shards']} - there
+        damaged = [out_dir / entry['file'] for entry in state['shards']
+                   if not holds(out_dir / entry['file'], entry['tokens'])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f'{files[0]} is damaged ({error!r}): delete {out_dir} to start again')
+        sys.exit(f'{files[0]} is damaged ({error!r}): {START_AGAIN}')
     if different:
-        sys.exit(f'{out_dir} was begun with {different}: give another out_dir, or delete it to start again')
-    if gone:
-        sys.exit(f'{out_dir / min(gone)} is missing, though it was made: delete {out_dir} to start again')
+        sys.exit(f'{out_dir} was begun with {different}: give another out_dir, or {START_AGAIN}')
+    if damaged:
+        sys.exit(f'{damaged[0]} is missing or damaged, though it was made whole: {START_AGAIN}')
     return state
+
+
+def holds(path, tokens):
+    """Whether a shard is there with so many tokens."""
+    try:
+        return np.load(path, mmap_mode='r').shape == (tokens,)
+    except (OSError, ValueError):  # there is none, or less than its header says
+        return False
 
 
 def earlier_source(out_dir):
@@ -315,8 +329,6 @@ def finish(out_dir, state):
             'documents': state['place']['counts'], 'source': state['source'], 'settings': state['settings'],
             'shards': splits['train'] + splits['val']}
     write(out_dir / 'meta.json', json.dumps(meta, indent=1).encode())
-    for path in (out_dir / 'progress.json', out_dir / 'seen.sqlite', *out_dir.glob('*.tmp')):
-        path.unlink(missing_ok=True)
     return meta
 
 

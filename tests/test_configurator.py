@@ -21,7 +21,7 @@ from configurator import configure
 # -----------------------------------------------------------------------------
 # input and output
 out_dir = 'out'  # where it goes, '#1' say
-start = ''
+start = ''  # of it all
 # training,
 # step by step
 batch_size = 5 * 8  # sequences
@@ -34,6 +34,7 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 late = 4
 assert config == {name: globals()[name] for name in config}
+start = start or 'the beginning'  # which --help does not tell
 print(json.dumps(config))
 '''
 
@@ -170,7 +171,7 @@ usage: python script.py [FILE.py ...] [--setting=value ...]
 
 input and output
   --out_dir='out'                where it goes, '#1' say
-  --start=''
+  --start=''                     of it all
 
 training,
 step by step

@@ -1,12 +1,16 @@
 """The loss of a dataset: every token once, in windows that give it context."""
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, run
 
+from data.tokenizer import get_tokenizer
 from evaluate import total_loss, windows
 from model import GPT, GPTConfig
 
@@ -32,7 +36,21 @@ def test_the_loss_is_that_of_one_token_at_a_time(stride):
         for t in range(first, end):
             logits, _ = model(tokens[None, begin:t])
             expected += F.cross_entropy(logits[:, -1], tokens[t:t + 1]).item()
-    assert math.isclose(total_loss(model, tokens, 16, stride, batch_size=3), expected, rel_tol=1e-5)
+    assert math.isclose(total_loss(model, tokens.numpy(), 16, stride, batch_size=3), expected, rel_tol=1e-5)
+
+
+def test_bits_per_byte_are_of_the_bytes_of_the_text(tmp_path):
+    """Two documents of GPT-2's tokens, of which many have several bytes, and ends of texts none."""
+    texts = ['Übermut tut selten gut, 世界. ' * 9, 'An ordinary sentence of ordinary words. ' * 9]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    run('prepare_fineweb.py', f'--data_files={tmp_path}/a.jsonl', f'--out_dir={tmp_path}/data')
+    model = GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8))
+    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': 'gpt2'}, tmp_path / 'ckpt.pt')
+    text = get_tokenizer('gpt2').decode_bytes(np.load(tmp_path / 'data/train_000000.npy')[1:])
+    out = run('evaluate.py', f'--out_dir={tmp_path}', f'--dataset={tmp_path}/data', '--split=train').out
+    assert f'{len(text.replace(b"<|endoftext|>", b"")):,} bytes' in out
+    assert 'has no test split' in run('evaluate.py', f'--out_dir={tmp_path}', f'--dataset={tmp_path}/data', '--split=test',
+                                      expect=1).err
 
 
 def test_as_a_command(dataset, tmp_path):

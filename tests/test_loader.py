@@ -124,6 +124,8 @@ def test_another_order_begins_anew_and_says_so(counting, capsys):
     other = Loader(counting, 'train', 4, T, seed=7)
     other.load_state_dict(saved(loader))
     assert 'seed was 1337, is 7' in capsys.readouterr().out
+    other.load_state_dict({'another': saved(loader).popitem()[1]})
+    assert 'is new in this run' in capsys.readouterr().out
     assert draw(other, 3) == draw(Loader(counting, 'train', 4, T, seed=7), 3)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,10 @@ def test_other_settings_are_refused(tmp_path):
     write_jsonl(path, TEXTS[1:])
     assert 'a.jsonl=' in complaint(tmp_path / 'out', *again)
     assert files_of(tmp_path / 'out') == before
+    shard = tmp_path / 'out/train_000000.npy'
+    shard.write_bytes(shard.read_bytes()[:-1])
+    write_jsonl(path, TEXTS)
+    assert f'{shard} is missing or damaged' in complaint(tmp_path / 'out', *again)
     (tmp_path / 'out/meta.json').unlink()
     assert 'nothing says what made it' in complaint(tmp_path / 'out', *again)
 
@@ -244,6 +249,8 @@ def test_a_dataset_that_datasets_loads(tmp_path, streaming):
     parquet(tmp_path / 'raw/train.parquet', TEXTS)
     prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={streaming}', HF_HOME=str(tmp_path / 'hf'))
     assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)).all()
+    other = complaint(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={not streaming}')
+    assert f'streaming={streaming}, not {not streaming}' in other  # which would count on from another place
     err = complaint(tmp_path / 'no', f'--dataset={tmp_path}/raw', '--text_key=body')
     assert "no column 'body'" in err and 'id, text' in err
 
@@ -255,11 +262,13 @@ BAD = {     # a file and what is said about it, where
     'd.jsonl': (b'{"text": "fine"}\n{"text": "\xff"}\n{"text": "good"}\n', 'd.jsonl:2: not JSON'),
     'e.csv': (b'text,b\nfine,1\nx,2,3\ngood,4\n', 'e.csv:3: more fields'),
     'f.txt': (b'fine\ngo\xffod\ngood\n', 'f.txt:2: not UTF-8'),
+    'f.csv': (b'text,b\nfine,1\ngo\xffod,2\ngood,3\n', 'f.csv:3: not UTF-8'),
     'g.jsonl': (b'{"text": "fine"}\n[1]\n{"text": "good"}\n', 'g.jsonl:2: not an object'),
 }
 BAD_FILES = {
     'h.parquet': (b'{"text": "fine"}\n', 'h.parquet:1: '),
     'i.jsonl.gz': (b'{"text": "fine"}\n', 'i.jsonl.gz:1: '),
+    'i.json': (b'[' * 100_000, 'i.json:1: '),
     'j.jsonl.gz': (gzip.compress(os.urandom(1000))[:900], 'j.jsonl.gz:1: '),
     'k.csv': (b'body\nx\n', "k.csv:2: no 'text' in it, but body"),
 }
@@ -317,9 +326,11 @@ def test_wikitext_articles_are_documents(tmp_path):
 
 
 def test_the_standard_library_holds_out_whole_files(dataset):
-    train, val = (BYTES.decode_bytes(stream(dataset, split)).split(b'<|endoftext|>') for split in ('train', 'val'))
-    assert len(json.__doc__) and any(document.startswith(b'r"""JSON (JavaScript Object') for document in train + val)
-    assert 0.01 < sum(map(len, val)) / sum(map(len, train)) < 0.2
+    train, val = (BYTES.decode(stream(dataset, split)).split('<|endoftext|>')[1:] for split in ('train', 'val'))
+    files = json.loads((dataset / 'meta.json').read_text())['source']['files']
+    held_out = [Path(json.__file__).parents[1] / file for file in list(files)[::20]]
+    assert val == [text for path in held_out if (text := tokenize.open(path).read())]
+    assert len(train) > 10 * len(val) and Path(json.__file__).read_text() in train + val
 
 
 def test_a_download_is_checked(tmp_path, monkeypatch):

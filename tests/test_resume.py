@@ -1,5 +1,6 @@
 """A run that is stopped, killed, starved of disk or fed with nonsense ends where the undisturbed run ends."""
 
+import functools
 import os
 import random
 import re
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import checkpoint
 from conftest import TINY, at_step, finish, losses, read_log, run, start
 
 KILLS = 20
@@ -130,6 +132,15 @@ def test_the_best_and_the_last_checkpoints_are_kept(dataset, tmp_path):
     assert read(tmp_path, 'ckpt_best.pt')['iter_num'] == best and read(tmp_path)['iter_num'] == 40
 
 
+def test_what_a_kill_leaves_is_no_kept_checkpoint_under_another_name(tmp_path):
+    """The kept ones are links to the file that is written aside: a killed run may leave that link, too."""
+    write = functools.partial(checkpoint.write, out_dir=tmp_path, keep=2)
+    assert write({'iter_num': 1}, best=True)
+    os.link(tmp_path / 'ckpt_best.pt', tmp_path / 'ckpt.pt.tmp')
+    assert write({'iter_num': 2}, best=False)
+    assert [read(tmp_path, name)['iter_num'] for name in ('ckpt_best.pt', 'ckpt_000001.pt', 'ckpt.pt')] == [1, 1, 2]
+
+
 def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(dataset, tmp_path):
     full = at_step(tmp_path, 12, "os.symlink('/dev/full', OUT + '/ckpt.pt.tmp')".replace('OUT', repr(str(tmp_path))))
     process = run(*tiny(dataset, tmp_path, '--max_iters=30', '--keep_checkpoints=9'), full)
@@ -140,6 +151,19 @@ def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(dataset, tmp_pat
     full = at_step(tmp_path, 5, "os.symlink('/dev/full', OUT + '/ckpt.pt.tmp')".replace('OUT', repr(str(tmp_path))))
     run(*tiny(dataset, tmp_path, '--init_from=resume', '--max_iters=35', '--eval_interval=100'), full, expect=1)
     assert read(tmp_path)['iter_num'] == 30  # the last one did not fit, and the exit status says so
+    full = at_step(tmp_path, 2, "os.remove(LOG); os.symlink('/dev/full', LOG)".replace('LOG', repr(str(tmp_path / 'log.jsonl'))))
+    process = run(*tiny(dataset, tmp_path, '--init_from=resume', '--max_iters=33'), full)
+    assert set(process.err.splitlines()) == {f'{tmp_path}/log.jsonl could not be written: No space left on device'}
+    assert read(tmp_path)['iter_num'] == 33
+
+
+def test_a_checkpoint_of_another_optimizer_is_named(dataset, tmp_path):
+    run(*tiny(dataset, tmp_path, '--max_iters=1'))
+    err = run(*tiny(dataset, tmp_path, '--init_from=resume', '--optimizer=muon'), expect=1).err
+    assert err == (f'{tmp_path}/ckpt.pt has the state of adamw: --init_from={tmp_path}/ckpt.pt starts from its weights '
+                   'alone\n')
+    resumed = run(*tiny(dataset, tmp_path, '--init_from=resume', '--dtype=float16', '--max_iters=2')).out
+    assert 'step 2/2' in resumed  # with a gradient scaler, which the run before had not
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(dataset, tmp_path):

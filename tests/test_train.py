@@ -7,11 +7,13 @@ import runpy
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from conftest import ROOT, TINY, finish, losses, read_log, run, start
+from model import GPT, GPTConfig
 
 
 def tiny(dataset, out_dir, *args):
@@ -102,6 +104,8 @@ MISTAKES = {  # arguments: what the one line must say
     '--wsd_decay=0.0': 'wsd_decay',
     '--dtype=int8': 'bfloat16',
     '--device=tpu': 'tpu.*--device=cpu',
+    '--device=7': 'device=7.*--device=cpu',
+    '--device': '--device=cpu',
     '--device=cuda:9': 'cuda:9.*--device=cpu',
     '--compile=maybe': 'compile=maybe',
     '--init_from=resume': 'no checkpoint .*ckpt.pt',
@@ -142,11 +146,69 @@ def test_a_mistake_ends_in_one_line(dataset, tmp_path, monkeypatch, capsys, mist
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('[!e]*.py')), ids=lambda path: path.name)
+def test_every_configuration_makes_a_model(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(path), '--init_from=scratch', '--plan'])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path('train.py', run_name='__main__')
+    assert not exit.value.code and 'parameters' in capsys.readouterr().out
+
+
+def test_a_file_of_nanogpts_settings_runs_unchanged(dataset, tmp_path):
+    (tmp_path / 'nano.py').write_text(f"""
+out_dir = {str(tmp_path / 'out')!r}
+eval_interval = 2
+log_interval = 1
+eval_iters = 2
+eval_only = False
+always_save_checkpoint = False
+init_from = 'scratch'
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2' + '-mini'
+dataset = {str(dataset)!r}
+gradient_accumulation_steps = 5 * 2
+batch_size = 4
+block_size = 32
+n_layer = 2
+n_head = 2
+n_embd = 32
+dropout = 0.1
+bias = False
+learning_rate = 1e-3
+max_iters = 4
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0
+decay_lr = True
+warmup_iters = 1
+lr_decay_iters = max_iters
+min_lr = learning_rate / 10
+backend = 'nccl'
+device = 'cpu'
+dtype = 'float32'
+compile = False
+""")
+    out = run('train.py', tmp_path / 'nano.py').out
+    assert '1,280 tokens a step, 4 steps' in out and sorted(losses(tmp_path / 'out')) == [1, 2, 3, 4]
+
+
 def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
     for mistake, status, line in ('--dataset=/nowhere', 1, 'no dataset in'), ('--batch_sise=3', 2, 'did you mean'):
         process = run(*tiny(dataset, tmp_path), mistake, processes=2, expect=1)  # torchrun's own status
         assert process.err.count(line) == 1, process.err
         assert f'exitcode  : {status}' in process.err
+
+
+def test_a_loss_that_is_no_number_is_shown(dataset, tmp_path):
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    model.lm_head.weight.data.fill_(float('nan'))
+    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': 'bytes'}, tmp_path / 'nan.pt')
+    out = run(*tiny(dataset, tmp_path / 'out', f'--init_from={tmp_path}/nan.pt', '--eval_only')).out
+    assert 'val loss nan' in out
 
 
 def test_a_process_alone_ends_in_one_line_and_a_status(dataset, tmp_path):
