@@ -16,6 +16,7 @@ from data.download import read_text
 from data.prepare import corpus_of, prepare
 
 name = 'wikitext-2-raw-v1'  # or 'wikitext-2-v1', with <unk> for rare words
+held_out = 'validation'  # the split to validate on; or 'test', which published perplexities are of
 input = ''  # a text file in this form, instead of the download; its last tenth of articles is for validation
 tokenizer = 'gpt2'  # or 'bytes'
 out_dir = ''  # the dataset's folder; empty: the one of this script
@@ -40,7 +41,7 @@ if input:
     cut = len(found) - max(1, len(found) // 10)
     train, val = found[:cut], found[cut:]
 else:
-    train, val = articles(from_hub('train')), articles(from_hub('validation'))
+    train, val = articles(from_hub('train')), articles(from_hub(held_out))
 digest = hashlib.sha256('\0'.join(train + val).encode()).hexdigest()
 prepare(out_dir or Path(__file__).parent, train=corpus_of(train), val=corpus_of(val), tokenizer=tokenizer, num_proc=1,
-        source={'dataset': 'WikiText-2', 'name': 'a copy' if input else name, 'sha256': digest})
+        source={'dataset': 'WikiText-2', 'name': 'a copy' if input else name, 'held_out': held_out, 'sha256': digest})
