@@ -249,7 +249,8 @@ def test_a_dataset_that_datasets_loads(tmp_path, streaming):
     parquet(tmp_path / 'raw/train.parquet', TEXTS)
     prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={streaming}', HF_HOME=str(tmp_path / 'hf'))
     assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)).all()
-    other = complaint(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={not streaming}')
+    other = prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={not streaming}', expect=1,
+                    HF_HOME=str(tmp_path / 'hf')).err
     assert f'streaming={streaming}, not {not streaming}' in other  # which would count on from another place
     err = complaint(tmp_path / 'no', f'--dataset={tmp_path}/raw', '--text_key=body')
     assert "no column 'body'" in err and 'id, text' in err
