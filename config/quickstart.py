@@ -23,5 +23,5 @@ n_embd = 128
 learning_rate = 5e-3
 lr_schedule = 'linear'
 warmup_iters = 20
-max_iters = 500
+max_iters = 600
 compile = False  # it is done before compiling pays

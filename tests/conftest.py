@@ -9,8 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizer import get_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
+if (SHARED / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
+
+
+def has_gpt2():
+    try:
+        return bool(get_tokenizer('gpt2'))
+    except SystemExit:
+        return False
+
+
+needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason='no GPT-2 vocabulary here, and no network to fetch it')
 
 # a tiny GPT on the CPU in float32, 512 tokens a step
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=512',
@@ -20,10 +34,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_
 
 def environment(**more):
     """One thread a process, since processes share the cores, and no network."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONUNBUFFERED': '1', **more}
-    if (SHARED / 'tiktoken').is_dir():
-        env.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
-    return env
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONUNBUFFERED': '1', **more}
 
 
 def command(script, *args, processes=0, torchrun=()):

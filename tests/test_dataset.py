@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SHARED, TINY, losses, run
+from conftest import SHARED, TINY, losses, needs_gpt2, run
 from data import dataset
 from data.dataset import Split
 
@@ -129,6 +129,7 @@ def test_other_peoples_shards(tmp_path, splits, kind):
     assert Split(str(tmp_path), 'val').tokenizer == 'gpt2'
 
 
+@needs_gpt2
 def test_training_and_sampling_from_other_peoples_shards(tmp_path):
     """The same tokens in each format give the same losses, and from the checkpoint comes text."""
     seen = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run
+from conftest import TINY, needs_gpt2, run
 
 from data.tokenizer import get_tokenizer
 from evaluate import total_loss, windows
@@ -39,6 +39,7 @@ def test_the_loss_is_that_of_one_token_at_a_time(stride):
     assert math.isclose(total_loss(model, tokens.numpy(), 16, stride, batch_size=3), expected, rel_tol=1e-5)
 
 
+@needs_gpt2
 def test_bits_per_byte_are_of_the_bytes_of_the_text(tmp_path):
     """Two documents of GPT-2's tokens, of which many have several bytes, and ends of texts none."""
     texts = ['Übermut tut selten gut, 世界. ' * 9, 'An ordinary sentence of ordinary words. ' * 9]

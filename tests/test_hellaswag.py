@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag
-from conftest import ROOT, SHARED, environment, run
+from conftest import ROOT, SHARED, environment, needs_gpt2, run
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -76,9 +76,8 @@ def test_same_as_the_simple_way(items, fields):
     assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
-def test_same_as_the_simple_way_with_gpt2s_tokens(items, monkeypatch):
-    for name in {'TIKTOKEN_CACHE_DIR'} & environment().keys():
-        monkeypatch.setenv(name, environment()[name])
+@needs_gpt2
+def test_same_as_the_simple_way_with_gpt2s_tokens(items):
     model, tokenizer = small_gpt(vocab_size=50257, n_embd=16), get_tokenizer('gpt2')
     some = items[::20]
     assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])

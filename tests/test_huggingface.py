@@ -7,12 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SHARED, run
+from conftest import SHARED, needs_gpt2, run
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
-if (SHARED / 'tiktoken').is_dir():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')
 
@@ -112,6 +110,7 @@ def test_ours_without_a_counterpart_name_the_field(settings, words, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
+@needs_gpt2
 def test_the_wrong_tokenizer(tmp_path):
     with pytest.raises(SystemExit, match='the tokenizer gpt2 has 50257 ids, the model 257'):
         GPT(GPTConfig(**TINY)).save_pretrained(tmp_path)
@@ -153,7 +152,7 @@ def test_folders_that_are_none(tmp_path):
 
 # tokenizers ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['bytes', 'gpt2'])
+@pytest.mark.parametrize('name', ['bytes', pytest.param('gpt2', marks=needs_gpt2)])
 def test_the_tokenizer_goes_along(name, tmp_path):
     tokenizer = get_tokenizer(name)
     GPT(GPTConfig(**TINY | dict(vocab_size=tokenizer.vocab_size, n_embd=4, n_layer=1))).save_pretrained(tmp_path, name)

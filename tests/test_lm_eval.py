@@ -6,13 +6,11 @@ import pytest
 import torch
 
 import hellaswag
-from conftest import SHARED
+from conftest import SHARED, needs_gpt2
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 os.environ['HF_HUB_OFFLINE'] = '1'
-if (SHARED / 'tiktoken').is_dir():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
 lm_eval = pytest.importorskip('lm_eval', reason='pip install lm_eval transformers')
 
 TASK = '''
@@ -33,7 +31,7 @@ VARIANTS = {'gpt2': dict(vocab_size=50257), 'bytes': dict(vocab_size=257, positi
                                                         bias=False, tie_embeddings=False, n_kv_head=2, qk_norm=True)}
 
 
-@pytest.mark.parametrize('tokenizer', VARIANTS)
+@pytest.mark.parametrize('tokenizer', ['bytes', pytest.param('gpt2', marks=needs_gpt2)])
 def test_lm_eval_finds_our_score(tokenizer, tmp_path, monkeypatch):
     path = SHARED / 'data' / 'hellaswag_val_1000.jsonl'
     path = path if path.exists() else hellaswag.FILE

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, needs_gpt2
 
 from data.tokenizer import END_OF_TEXT, get_tokenizer
 
@@ -17,18 +17,9 @@ def python(code, **env):
     return subprocess.run([sys.executable, '-c', code], env=environment(**env), cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture
-def gpt2(monkeypatch):
-    if python('import tiktoken; tiktoken.get_encoding("gpt2")').returncode:
-        pytest.skip('no GPT-2 vocabulary here, and no network')
-    for name in {'TIKTOKEN_CACHE_DIR'} & environment().keys():
-        monkeypatch.setenv(name, environment()[name])
-    return get_tokenizer('gpt2')
-
-
-@pytest.fixture(params=['bytes', 'gpt2'])
+@pytest.fixture(params=['bytes', pytest.param('gpt2', marks=needs_gpt2)])
 def tokenizer(request):
-    return request.getfixturevalue('gpt2') if request.param == 'gpt2' else get_tokenizer('bytes')
+    return get_tokenizer(request.param)
 
 
 def test_there_and_back(tokenizer):
@@ -58,10 +49,11 @@ def test_documents_together_are_documents_one_by_one(tokenizer):
         assert tokenizer.encode_documents(texts).tolist() == one_by_one(texts)
 
 
-def test_gpt2_is_tiktokens(gpt2):
+@needs_gpt2
+def test_gpt2_is_tiktokens():
     import tiktoken
     text = '\n'.join(TEXTS[:-1])
-    assert gpt2.encode(text).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    assert get_tokenizer('gpt2').encode(text).tolist() == tiktoken.get_encoding('gpt2').encode_ordinary(text)
 
 
 def test_bytes_are_bytes():
