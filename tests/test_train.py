@@ -216,7 +216,8 @@ def test_a_process_alone_ends_in_one_line_and_a_status(dataset, tmp_path):
     assert run(*tiny(dataset, tmp_path, '--n_heads=5'), expect=2).err.count('\n') == 1
 
 
-def test_everything_that_scores_works_compiled(dataset, tmp_path):
+@pytest.mark.parametrize('layout, processes', [('ddp', 0), ('ddp', 2), ('fsdp', 2)])
+def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, processes):
     """Validation of a mixture, HellaSwag and samples between compiled steps, and a trace of them."""
     items = tmp_path / 'items.jsonl'
     item = {'ctx': 'import', 'label': 2, 'endings': ['os', 'path as p', 'sys', 'the']}
@@ -224,9 +225,9 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path):
     other = tmp_path / 'other'
     run('data/stdlib/prepare.py', f'--out_dir={other}')
     out_dir = tmp_path / 'out'
-    process = run(*tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', '--n_layer=1', '--max_iters=8',
-                        '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}', '--sample_interval=4',
-                        '--profile'))
+    process = run(*tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}',
+                        '--n_layer=1', '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4',
+                        f'--hellaswag_data={items}', '--sample_interval=4', '--profile'), processes=processes)
     assert ' compiled' in process.out and process.out.count('hellaswag') == 3 and process.out.count('  > ') == 6
     final = read_log(out_dir)[-1]
     assert final['hellaswag'] in (0, 1)  # the three items are one
