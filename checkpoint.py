@@ -9,6 +9,7 @@ One too large for a process is written by all: each puts its shards of the tenso
 safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -307,8 +308,11 @@ def set_aside(out_dir):
 def rewind_log(path, step):
     """Drop from the log what a run that resumes at step will do, and log, again."""
     if os.path.exists(path):
+        entries = []
         with open(path) as f:
-            entries = [json.loads(line) for line in f if line.endswith('\n')]  # a killed run may leave half a line
+            for line in f:
+                with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
+                    entries.append(json.loads(line))
         with open(f'{path}.tmp', 'w') as f:
             f.writelines(json.dumps(entry) + '\n' for entry in entries
                          if entry['step'] < step or entry['step'] == step and 'loss' in entry)

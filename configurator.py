@@ -57,7 +57,7 @@ def assignments(file):
 
 def parse(text, default):
     """The value that `text` spells for a setting with this default, or `text` itself where it spells none."""
-    if type(default) is bool or default == 'auto' and not text.isdigit():  # a device may be a number
+    if type(default) is bool or default == 'auto':
         return BOOLS.get(text, text)
     try:
         return type(default)(text)

@@ -237,7 +237,8 @@ def explain(kind, error, trace):
         pass
     elif kind is torch.OutOfMemoryError or "can't allocate memory" in text:
         print(f'out of memory on rank {rank}: halve batch_size (the step stays the same, but for a fixed '
-              f'gradient_accumulation_steps), or try --activation_checkpointing=True, or --parallel=fsdp on several GPUs. {text}', file=sys.stderr)
+              'gradient_accumulation_steps), or try --activation_checkpointing=True, or --parallel=fsdp on several GPUs. '
+              f'{text}', file=sys.stderr)
     elif dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in text.lower()
                                     or 'Connection' in text):
         print(f'rank {rank} lost the other processes, of which one must have died: {text}', file=sys.stderr)

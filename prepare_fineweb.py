@@ -47,7 +47,7 @@ def hub():
     """A dataset on the hub: (corpus, source, number of documents or None). data/prepare.py says what a corpus is."""
     from datasets import load_dataset_builder  # here, because it takes a second that your own files don't need
     earlier = earlier_source(out_dir)
-    commit = revision or earlier.get('dataset') == dataset and earlier['revision']  # go on with what it was
+    commit = revision or (earlier['revision'] if earlier.get('dataset') == dataset else '')  # go on with what it was
     try:
         builder = load_dataset_builder(dataset, name or None, revision=commit or None)
         if not streaming:

@@ -129,9 +129,12 @@ if min(num_samples, max_new_tokens, batch_size) < 1:
     sys.exit('num_samples, max_new_tokens and batch_size must be at least 1')
 if (start != '') + (prompts != '') + interactive > 1:
     sys.exit('start, prompts and interactive each say what to continue: give only one of them')
-texts = read(prompts).removesuffix('\n').split('\n') if prompts else [read(start[5:]) if start.startswith('FILE:') else start]
-if texts == [''] and prompts:
-    sys.exit(f'{prompts} holds no prompt')
+if prompts:
+    texts = read(prompts).removesuffix('\n').split('\n')
+    if texts == ['']:
+        sys.exit(f'{prompts} holds no prompt')
+else:
+    texts = [read(start[5:]) if start.startswith('FILE:') else start]
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)

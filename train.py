@@ -27,7 +27,7 @@ import parallel as job
 from configurator import configure
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
-from device import autocast, peak_flops, pick_compile, pick_dtype, synchronize
+from device import autocast, peak_flops, pick_compile, pick_dtype
 from model import GPT, GPTConfig
 from optimizers import configure_optimizers
 from plan import report

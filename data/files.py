@@ -81,8 +81,8 @@ def read_json(file, text_key, _):
 
 def read_csv(file, text_key, _):
     csv.field_size_limit(1 << 30)
-    text = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')  # one bad byte costs one row
-    rows = csv.DictReader(text, restkey='')
+    lines = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')  # one bad byte costs one row
+    rows = csv.DictReader(lines, restkey='')
     for row in rows:
         text = field(row, text_key)
         if '' in row and '' not in rows.fieldnames:

@@ -9,7 +9,6 @@ The rates are medians; the ceiling is that of large bfloat16 matrix products on 
 """
 
 import ast
-import os
 import statistics
 import subprocess
 import sys
