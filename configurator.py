@@ -10,10 +10,12 @@ Settings from files and from the command line. They are plain lowercase globals 
 
 Files and settings apply in order, the last wins. A file is Python that assigns settings; it sees those made so
 far, and may import, define functions, and keep helpers of its own in names that begin with an underscore.
+
+configure() also installs the hook that prints a UserError as one line.
 """
 import ast
 import difflib
-import os
+import os.path
 import runpy
 import shutil
 import sys
@@ -21,18 +23,24 @@ import textwrap
 import tokenize
 import traceback
 
+from data.errors import UserError
+
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'}
 
-def configure(script):
+def configure(script, base=''):
     """Override the settings among `script`, a script's globals(), by sys.argv[1:]; returns {name: value}.
 
+    base: a script beside this one whose settings are accepted and returned too (plan.py takes train.py's).
+
     A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
-    True or False for the string 'auto'. What is wrong ends in one line on stderr and exit status 2.
+    True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file.
     """
-    defaults = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
+    sys.excepthook = excepthook
+    own = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
-        sys.exit(print_help(script, defaults))
+        sys.exit(print_help(script, own, base))
+    defaults = (settings_of(os.path.join(os.path.dirname(script['__file__']), base)) if base else {}) | own
     config = dict(defaults)
     for arg in sys.argv[1:]:
         key, equals, text = arg.removeprefix('--').partition('=')
@@ -41,9 +49,18 @@ def configure(script):
         elif arg.endswith('.py'):
             config.update(run_file(arg, config, defaults))
         else:
-            fail(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
-    script.update(config)
+            raise UsageError(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
+    script.update({name: config[name] for name in own})
     return config
+
+def settings_of(file):
+    """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""
+    values = {}
+    for name, node in assignments(file):
+        if isinstance(node.value, ast.Call):
+            break
+        values[name] = ast.literal_eval(node.value)
+    return {name: value for name, value in values.items() if is_setting(name, value)}
 
 def is_setting(name, value):
     return name.islower() and name[0] != '_' and type(value) in TYPES
@@ -68,39 +85,57 @@ def checked(where, key, value, defaults):
     """`value`, if `key` is known and the type right; `where` begins the message otherwise."""
     if key not in defaults:
         near = ' or '.join(difflib.get_close_matches(key, defaults))
-        fail(f'{where}: unknown setting {key}; {f"did you mean {near}?" if near else "--help lists them all"}')
+        raise UsageError(f'{where}: unknown setting {key}; {f"did you mean {near}?" if near else "--help lists them all"}')
     kind = type(defaults[key])
     if type(value) is int and kind is float:
         return float(value)
     if type(value) is not kind and not (type(value) is bool and defaults[key] == 'auto'):
-        fail(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r})')
+        raise UsageError(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r})')
     return value
 
 def run_file(file, config, defaults):
     """The settings that the Python file `file` makes of `config`: {name: value}."""
     if not os.path.isfile(file):
-        fail(f'{file}: no such file')
+        raise UsageError(f'{file}: no such file')
     try:
         result = runpy.run_path(file, init_globals=config)
         lines = {name: node.lineno for name, node in assignments(file)}
     except Exception as error:  # whatever the user's code raises; a SyntaxError has no frame in the file
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = [getattr(error, 'lineno', 1), *frames][-1]
-        fail(f'{file}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
+        raise UsageError(f'{file}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
     return {k: checked(f'{file}:{lines.get(k, 1)}', k, value, defaults) for k, value in result.items()
             if k in defaults or (k in lines and is_setting(k, value))}
 
-def fail(message):
-    if os.environ.get('RANK', '0') == '0':  # of torchrun's processes, which all read the same, one speaks
-        print(' '.join(message.split()), file=sys.stderr)  # an exception's text may have several lines
-    sys.exit(2)
+class UsageError(UserError):
+    """The command line, or a settings file, is not valid."""
+    status = 2
 
-def print_help(script, defaults):
+def excepthook(kind, error, trace):
+    """sys.excepthook: one line for a mistake of the user's, a traceback for one of ours; of many processes that fail
+    together, or because one did, only the first prints."""
+    distributed = sys.modules.get('common.distributed')  # only a script that can run on many processes has imported it
+    if not distributed or distributed.is_first_failure():
+        if isinstance(error, UserError):
+            print(' '.join(str(error).split()), file=sys.stderr)  # it may quote an exception of several lines
+        elif kind is KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+        elif line := distributed and distributed.describe(error):
+            print(line, file=sys.stderr)
+        else:
+            if distributed and distributed.world_size > 1:
+                print(f'on rank {distributed.rank}:', file=sys.stderr)
+            sys.__excepthook__(kind, error, trace)
+    raise SystemExit(130 if kind is KeyboardInterrupt else getattr(error, 'status', 1))
+
+def print_help(script, defaults, base):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""
     with tokenize.open(script['__file__']) as f:
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
     print((script['__doc__'] or '').strip())
     print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    if base:
+        print(f'with the settings of {base} (`python {base} --help`), and')
     nodes = dict(reversed(assignments(script['__file__'])))  # a script may assign a setting again, further down
     indent = max((len(f'  --{name}={value!r}  ') for name, value in defaults.items()), default=0)
     width = max(shutil.get_terminal_size().columns, indent + 30)

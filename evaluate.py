@@ -10,17 +10,16 @@ context and takes long: stride = block_size cuts the text into blocks, as train.
 """
 
 import math
-import sys
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
-from configurator import configure
+from common.checkpoint import load_model
+from configurator import UserError, configure
 from data.dataset import Split
 from data.tokenizer import get_tokenizer
-from device import autocast, pick_device, pick_dtype
+from common.device import autocast, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -68,21 +67,21 @@ def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dt
 if __name__ == '__main__':
     configure(globals())
     if min(max_tokens, block_size, stride) < 0 or batch_size < 1:
-        sys.exit('max_tokens, block_size and stride must be at least 0, and batch_size at least 1')
+        raise UserError('max_tokens, block_size and stride must be at least 0, and batch_size at least 1')
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     model, name = load_model(init_from, out_dir, device)
     data = Split(dataset, split)
     if data.tokenizer != name:
-        sys.exit(f'{dataset} is tokenized with {data.tokenizer}, but the model reads {name} tokens')
+        raise UserError(f'{dataset} is tokenized with {data.tokenizer}, but the model reads {name} tokens')
     block_size = block_size or model.config.block_size
     stride = stride or block_size
     if not stride <= block_size <= model.config.block_size:
-        sys.exit(f'stride={stride} must be at most block_size={block_size}, and that at most the model\'s '
-                 f'{model.config.block_size}')
+        raise UserError(f'stride={stride} must be at most block_size={block_size}, and that at most the model\'s '
+                        f'{model.config.block_size}')
     count = min(data.n_tokens, max_tokens or data.n_tokens)
     if count < 2:
-        sys.exit(f'{dataset} has {count} tokens to evaluate: there must be two')
+        raise UserError(f'{dataset} has {count} tokens to evaluate: there must be two')
     tokens = data.read(np.array([0]), count)[0]
     loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
     lengths = [len(get_tokenizer(name).decode_bytes([i])) for i in range(data.vocab_size)]

@@ -8,10 +8,9 @@ The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py 
 """
 
 import os
-import sys
 
-from checkpoint import load_model
-from configurator import configure
+from common.checkpoint import load_model
+from configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -21,12 +20,12 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 
 if not folder:
-    sys.exit('--folder=FOLDER says where to write')
+    raise UserError('--folder=FOLDER says where to write')
 if os.path.exists(os.path.join(folder, 'config.json')):
-    sys.exit(f'{folder} holds a model already: give another folder')
+    raise UserError(f'{folder} holds a model already: give another folder')
 model, tokenizer = load_model(init_from, out_dir, device='cpu')
 try:
     model.save_pretrained(folder, tokenizer)
 except OSError as error:
-    sys.exit(f'{folder} cannot be written: {error}')
+    raise UserError(f'{folder} cannot be written: {error}')
 print(f'{folder}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {tokenizer}')

@@ -22,7 +22,6 @@ That is half the tokens, and the same losses.
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import load_model
-from configurator import configure
+from common.checkpoint import load_model
+from configurator import UserError, configure
 from data.download import download, write
 from data.tokenizer import get_tokenizer
-from device import autocast, pick_device, pick_dtype
+from common.device import autocast, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -64,19 +63,21 @@ def load_items(path='', limit=0):
                 item = json.loads(line)
                 missing = [key for key in ('ctx', 'label', 'endings') if key not in item]
                 if missing:
-                    sys.exit(f'{where}: the item has no {" and no ".join(missing)}')
+                    raise UserError(f'{where}: the item has no {" and no ".join(missing)}')
                 item['label'] = int(item['label'])  # Hugging Face's copy has it as a string
                 texts = [item['ctx'], *item['endings']]
                 if not (len(texts) == 5 and all(type(text) is str for text in texts) and 0 <= item['label'] < 4):
-                    sys.exit(f'{where}: ctx must be a string, endings four strings, and label 0 to 3')
+                    raise UserError(f'{where}: ctx must be a string, endings four strings, and label 0 to 3')
                 items.append(item)
                 if len(items) == limit:
                     break
     except OSError as error:
-        sys.exit(f'cannot read {path}: {error.strerror}')
+        raise UserError(f'cannot read {path}: {error.strerror}')
     except (ValueError, TypeError) as error:  # not JSON, not UTF-8, or a label that is no number
-        sys.exit(f'{where}: not an item of HellaSwag: {error}')
-    return items or sys.exit(f'{path}: no items in it')
+        raise UserError(f'{where}: not an item of HellaSwag: {error}')
+    if not items:
+        raise UserError(f'{path}: no items in it')
+    return items
 
 
 def pack(item, tokenizer, block_size):
@@ -101,7 +102,7 @@ def pack(item, tokenizer, block_size):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_tokens=0, progress=False):
-    """Score a GPT in evaluation mode on the items of load_items, shared among all processes of a job.
+    """Score a GPT in evaluation mode on the items of load_items, shared among all processes of a distributed.
 
     Every process makes the same number of forward passes, as FSDP needs, and gets the same result: acc, acc_norm,
     their standard errors acc_stderr and acc_norm_stderr, and in the items' order losses, (N, 4) float64, each
@@ -148,9 +149,9 @@ def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_token
 if __name__ == '__main__':
     configure(globals())
     if limit < 0 or batch_tokens < 0:
-        sys.exit('limit and batch_tokens must be at least 0')
+        raise UserError('limit and batch_tokens must be at least 0')
     if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # said before the work
-        sys.exit(f'out={out} cannot be written: {"it exists" if os.path.exists(out) else "there is no such folder"}')
+        raise UserError(f'out={out} cannot be written: {"it exists" if os.path.exists(out) else "there is no such folder"}')
     items = load_items(data, limit)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)

@@ -9,16 +9,12 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
-import sys
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-import generate
-import huggingface
 
 
 @dataclass
@@ -161,10 +157,10 @@ class Block(nn.Module):
 
 
 class LayerCache:
-    """One layer's keys and values of the tokens so far: both (B, H, room, D), filled up to `length`."""
+    """One layer's keys and values of the tokens so far: both (B, H, max_len, D), filled up to `length`."""
 
-    def __init__(self, config, batch_size, room, device, dtype):
-        shape = (batch_size, config.n_kv_head, room, config.head_size)
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (batch_size, config.n_kv_head, max_len, config.head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
@@ -290,20 +286,21 @@ class GPT(nn.Module):
             return None, loss
         return self.loss(x, targets, return_logits)
 
-    def new_cache(self, batch_size, room=None, device=None):
-        """An empty cache of keys and values of batch_size rows, for forward(cache=…), with room for so many tokens
+    def new_cache(self, batch_size, max_len=None, device=None):
+        """An empty cache of keys and values of batch_size rows, for forward(cache=…), with room for max_len tokens
         (block_size by default). They are what the matrix products give: of the autocast type inside autocast."""
         weight = self.lm_head.weight
         device = device or weight.device  # where the computing is, when the weights themselves are offloaded
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return [LayerCache(self.config, batch_size, room or self.config.block_size, device, dtype)
+        return [LayerCache(self.config, batch_size, max_len or self.config.block_size, device, dtype)
                 for _ in self.transformer.h]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) int64 continued by max_new_tokens tokens: (B, T + max_new_tokens). options: more of
-        generate.stream's, which yields the tokens as they come."""
-        return torch.cat((idx, *generate.stream(self, idx, max_new_tokens, temperature, top_k, **options)), dim=1)
+        common.generate.stream's, which yields the tokens one by one."""
+        from common.generate import stream
+        return torch.cat((idx, *stream(self, idx, max_new_tokens, temperature, top_k, **options)), dim=1)
 
     def crop_block_size(self, block_size):
         """Shorten the context, for instance to finetune GPT-2 on shorter sequences than its 1,024."""
@@ -319,22 +316,21 @@ class GPT(nn.Module):
         'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), or another GPT-2, Llama or
         Qwen3. overrides: GPTConfig fields that change no weight, such as dropout. Exits with one line that names
         what GPTConfig has no field for."""
-        fields, state_dict = huggingface.load(name)
+        from common import convert
+        from data.errors import UserError
+        fields, state_dict = convert.load(name)
         try:
             model = cls(GPTConfig(**fields | overrides))
-            model.load_state_dict(with_vocab_rows(state_dict, model.config.padded_vocab_size))
+            model.load_state_dict(convert.pad_vocab(state_dict, model.config.padded_vocab_size))
         except (ValueError, RuntimeError) as error:
-            sys.exit(f'{name}: {" ".join(str(error).split())[:200]}')
+            raise UserError(f'{name}: {" ".join(str(error).split())[:200]}')
         return model
 
     def save_pretrained(self, folder, tokenizer='gpt2'):
         """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open, float32. tokenizer: its name.
         Exits with one line that names the GPTConfig field that transformers has no class for."""
-        state_dict = with_vocab_rows(self.state_dict(), self.config.vocab_size)
-        huggingface.save(folder, asdict(self.config), state_dict, tokenizer)
+        from common import convert
+        state_dict = convert.pad_vocab(self.state_dict(), self.config.vocab_size)
+        convert.save(folder, asdict(self.config), state_dict, tokenizer)
 
 
-def with_vocab_rows(state_dict, rows):
-    """state_dict with its two (V, C) matrices padded with zeros, or cut, to that many rows."""
-    vocab = ('transformer.wte.weight', 'lm_head.weight')
-    return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in vocab else w for k, w in state_dict.items()}

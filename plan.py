@@ -1,7 +1,9 @@
 """
-What a run will need, worked out before it is paid for: `python train.py config/gpt2_xl.py --plan` prints it.
+What a run of train.py will need, worked out before it is paid for.
 
-Nothing is trained and nothing allocated: the model is built on PyTorch's meta device, where tensors have shapes and
+    python plan.py config/gpt2_xl.py --gpus=8
+
+It takes train.py's settings and its own. Nothing is trained and nothing allocated: the model is built on PyTorch's meta device, where tensors have shapes and
 no memory.
 """
 
@@ -9,14 +11,18 @@ from dataclasses import fields
 
 import torch
 
+from common.device import GPUS
+from configurator import UserError, configure
 from data.dataset import Split
 from data.loader import parse_mixture
-from device import PEAK_FLOPS
 from model import GPT, GPTConfig
 
-# of NVIDIA's datasheets, in GB; where a GPU comes in two sizes, the larger
-MEMORY = {'B200': 180, 'H200': 141, 'H100 PCIe': 80, 'H100': 80, 'A100': 80, 'A10': 24, 'L40S': 48, 'L4': 24,
-          'RTX 5090': 32, 'RTX 4090': 24, 'RTX 3090': 24, 'V100': 32, 'T4': 16}
+# -----------------------------------------------------------------------------
+gpus = 8  # GPUs that the run will have
+mfu = 0.4  # the fraction of their peak FLOP/s that it will reach
+gpu_hour_price = 2.0  # of one GPU, in any currency
+# -----------------------------------------------------------------------------
+
 USABLE = 0.9  # of it: the rest goes to CUDA itself, to buffers, and to what fragments
 GB = 1e9
 
@@ -25,7 +31,7 @@ def empty_model(config):
     """The GPT of train.py's settings, without memory. Raises ValueError if they make no model."""
     try:
         vocab_size = Split(next(iter(parse_mixture(config['dataset']))), 'val').vocab_size
-    except SystemExit:  # not prepared yet
+    except UserError:  # not prepared yet
         vocab_size = 50257
     with torch.device('meta'):
         return GPT(GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config},
@@ -117,9 +123,9 @@ def report(config):
     if config['init_from'] not in ('scratch', 'auto', 'resume'):
         raise ValueError(f'init_from={config["init_from"]} has sizes of its own, which the plan does not know: give '
                          '--init_from=scratch, and them as n_layer, n_head and n_embd')
-    if config['plan_gpus'] % config['replicas']:
-        raise ValueError(f'plan_gpus={config["plan_gpus"]} must be a multiple of replicas={config["replicas"]}')
-    model, gpus = empty_model(config), config['plan_gpus']
+    if config['gpus'] % config['replicas']:
+        raise ValueError(f'gpus={config["gpus"]} must be a multiple of replicas={config["replicas"]}')
+    model, gpus = empty_model(config), config['gpus']
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
@@ -139,13 +145,20 @@ def report(config):
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
         f'  {"together":<20}{sum(parts.values()) / GB:11.3g}', '',
-        f'on {gpus} GPUs at {config["plan_mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
+        f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
-    for gpu, peak in PEAK_FLOPS.items():
-        hours = flops / (peak * config['plan_mfu']) / 3600
-        change = remedy(model, config, gpus, USABLE * MEMORY[gpu] * GB)
+    for gpu, (peak, size) in GPUS.items():
+        hours = flops / (peak * config['mfu']) / 3600
+        change = remedy(model, config, gpus, USABLE * size * GB)
         fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
                else f'with {change}' if change else 'yes')
-        lines.append(f'  {gpu:<10}{MEMORY[gpu]:>5}{hours / gpus:>11,.1f}{hours:>11,.1f}'
+        lines.append(f'  {gpu:<10}{size:>5}{hours / gpus:>11,.1f}{hours:>11,.1f}'
                      f'{hours * config["gpu_hour_price"]:>12,.0f}  {fit}')
     return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    try:
+        print(report(configure(globals(), base='train.py')))
+    except ValueError as error:
+        raise UserError(error) from None

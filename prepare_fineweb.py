@@ -11,9 +11,8 @@ same command goes on from the last whole shard, and ends with the bytes that it 
 """
 import os
 import re
-import sys
 
-from configurator import configure
+from configurator import UserError, configure
 from data.files import corpus_of_files, find_files
 from data.prepare import earlier_source, prepare
 
@@ -54,7 +53,7 @@ def hub():
             builder.download_and_prepare()
         rows = builder.as_streaming_dataset(split) if streaming else builder.as_dataset(split).to_iterable_dataset()
     except Exception as error:  # of many kinds: no such dataset, name or split, no network, no access
-        sys.exit(f'{dataset} cannot be loaded: {type(error).__name__}: {one_line(error)}')
+        raise UserError(f'{dataset} cannot be loaded: {type(error).__name__}: {one_line(error)}')
     rows = rows.with_format('arrow')
 
     def corpus(mark):
@@ -64,7 +63,7 @@ def hub():
             for table in rows.iter(64):
                 yield texts_of(table), rows.state_dict()
         except Exception as error:  # the network's, mostly
-            sys.exit(f'{dataset}: {type(error).__name__}: {one_line(error)}: the same command goes on from here')
+            raise UserError(f'{dataset}: {type(error).__name__}: {one_line(error)}: the same command goes on from here')
 
     files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
     pinned = re.search(r'@([0-9a-f]{40})/', ' '.join(files))
@@ -77,10 +76,10 @@ def hub():
 def texts_of(table):
     """The texts in a pyarrow table, None for what is none."""
     if text_key not in table.column_names:
-        sys.exit(f"{dataset} has no column '{text_key}', but {', '.join(table.column_names)}: --text_key names the one")
+        raise UserError(f"{dataset} has no column '{text_key}', but {', '.join(table.column_names)}: --text_key names the one")
     texts = [text if isinstance(text, str) else None for text in table[text_key].to_pylist()]
     if None in texts and not skip_bad:
-        sys.exit(f"{dataset} has something else than a string in '{text_key}' (--skip_bad skips and counts such)")
+        raise UserError(f"{dataset} has something else than a string in '{text_key}' (--skip_bad skips and counts such)")
     return texts
 
 
@@ -97,7 +96,7 @@ def own_files():
 
 if __name__ == '__main__':
     if out_dir == FINEWEB_DIR and (data_files or (dataset, name) != (FINEWEB, 'sample-10BT')):
-        sys.exit(f'{out_dir} is for FineWeb-Edu: give --out_dir=data/NAME, and train with --dataset=NAME')
+        raise UserError(f'{out_dir} is for FineWeb-Edu: give --out_dir=data/NAME, and train with --dataset=NAME')
     corpus, source, total = own_files() if data_files else hub()
     prepare(out_dir, corpus, source=source, total=total, tokenizer=tokenizer, shard_size=shard_size,
             max_tokens=max_tokens, num_proc=num_proc, clean=clean, dedup=dedup or 'exact' * clean,

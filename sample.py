@@ -15,11 +15,11 @@ from json import dumps
 
 import torch
 
-from checkpoint import load_model
-from configurator import configure
+from common.checkpoint import load_model
+from configurator import UserError, configure
 from data.tokenizer import get_tokenizer
-from device import autocast, keep_products_in, pick_device, pick_dtype
-from generate import check_sampling, stream
+from common.device import autocast, pick_device, pick_dtype
+from common.generate import cast_linears, check_sampling, stream
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -49,7 +49,7 @@ def read(path):
         with open(path, encoding='utf-8') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'cannot read the prompt {path}: {error}')
+        raise UserError(f'cannot read the prompt {path}: {error}')
 
 
 def text_of(ids):
@@ -124,15 +124,15 @@ options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, r
 try:
     check_sampling(**options)
 except ValueError as error:
-    sys.exit(str(error))
+    raise UserError(error) from None
 if min(num_samples, max_new_tokens, batch_size) < 1:
-    sys.exit('num_samples, max_new_tokens and batch_size must be at least 1')
+    raise UserError('num_samples, max_new_tokens and batch_size must be at least 1')
 if (start != '') + (prompts != '') + interactive > 1:
-    sys.exit('start, prompts and interactive each say what to continue: give only one of them')
+    raise UserError('start, prompts and interactive each say what to continue: give only one of them')
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:
-        sys.exit(f'{prompts} holds no prompt')
+        raise UserError(f'{prompts} holds no prompt')
 else:
     texts = [read(start[5:]) if start.startswith('FILE:') else start]
 
@@ -140,7 +140,7 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
-keep_products_in(dtype, model)
+cast_linears(dtype, model)
 
 sys.stdout.reconfigure(errors='replace')  # for terminals that do not have every character
 if hasattr(signal, 'SIGPIPE'):

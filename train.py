@@ -21,16 +21,15 @@ from datetime import timedelta
 
 import torch
 
-import checkpoint
 import hellaswag
-import parallel as job
-from configurator import configure
+from common import checkpoint, distributed, log
+from common.device import autocast, peak_flops, pick_compile, pick_dtype
+from common.distributed import print0
+from common.optimizers import configure_optimizers
+from configurator import UserError, configure
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
-from device import autocast, peak_flops, pick_compile, pick_dtype
 from model import GPT, GPTConfig
-from optimizers import configure_optimizers
-from plan import report
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on FineWeb-Edu
@@ -101,65 +100,49 @@ dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else
 compile = 'auto'  # True, False, or where torch.compile works
 seed = 1337
 profile = False  # write what the device does in steps 5 to 7 to out_dir/trace.json, for https://ui.perfetto.dev
-# the plan
-plan = False  # run nothing, but print what the run will need: compute, memory, hours, money
-plan_gpus = 8  # GPUs that it will have
-plan_mfu = 0.4  # the share of their peak that it will reach
-gpu_hour_price = 2.0  # of one GPU, in any currency
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
-if not plan:
-    device = job.start(device, backend, dist_timeout)
+device = distributed.init(device, backend, dist_timeout)
 for name, known in ('lr_schedule', ('cosine', 'linear', 'wsd')), ('parallel', ('ddp', 'zero1', 'fsdp')):
     if config[name] not in known:
-        sys.exit(f'{name}={config[name]} is not one of {", ".join(known)}')
+        raise UserError(f'{name}={config[name]} is not one of {", ".join(known)}')
 for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'max_bad_steps',
-             'replicas', 'plan_gpus'):
+             'replicas'):
     if config[name] < 1:
-        sys.exit(f'{name}={config[name]} must be at least 1')
+        raise UserError(f'{name}={config[name]} must be at least 1')
 for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'skip_spikes', 'keep_checkpoints',
-             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed', 'gpu_hour_price'):
+             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed'):
     if not 0 <= config[name] < math.inf:
-        sys.exit(f'{name}={config[name]} must be a number from 0 up')
-for name in ('beta1', 'beta2', 'wsd_decay', 'plan_mfu'):
+        raise UserError(f'{name}={config[name]} must be a number from 0 up')
+for name in ('beta1', 'beta2', 'wsd_decay'):
     if not 0 < config[name] < 1:
-        sys.exit(f'{name}={config[name]} must be between 0 and 1')
-if plan:
-    try:
-        sys.exit(print(report(config)))
-    except ValueError as error:
-        sys.exit(str(error))
-job.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
+        raise UserError(f'{name}={config[name]} must be between 0 and 1')
+distributed.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 lr_decay_iters = lr_decay_iters or max_iters
 
 
-def say(*args, **kwargs):
-    if job.master:
-        print(*args, **kwargs, flush=True)
-
-
 # how many micro-batches make a step
-micro_batch = batch_size * block_size * job.world_size  # tokens, over all processes
+micro_batch = batch_size * block_size * distributed.world_size  # tokens, over all processes
 if gradient_accumulation_steps:
-    if gradient_accumulation_steps % job.world_size:
-        sys.exit(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared equally by '
-                 f'{job.world_size} processes: take a multiple of {job.world_size}')
-    accumulation_steps = gradient_accumulation_steps // job.world_size  # of each process
+    if gradient_accumulation_steps % distributed.world_size:
+        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared equally by '
+                        f'{distributed.world_size} processes: take a multiple of {distributed.world_size}')
+    accumulation_steps = gradient_accumulation_steps // distributed.world_size  # of each process
 elif total_batch_size < 1 or total_batch_size % micro_batch:
     below = total_batch_size // micro_batch * micro_batch
     near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
-    sys.exit(f'total_batch_size={total_batch_size} is no multiple of batch_size * block_size * processes = '
-             f'{batch_size} * {block_size} * {job.world_size} = {micro_batch}: the nearest are {near}')
+    raise UserError(f'total_batch_size={total_batch_size} is no multiple of batch_size * block_size * processes = '
+                    f'{batch_size} * {block_size} * {distributed.world_size} = {micro_batch}: the nearest are {near}')
 else:
     accumulation_steps = total_batch_size // micro_batch
 tokens_per_step = accumulation_steps * micro_batch
 
 # data
-share = dict(batch_size=batch_size, block_size=block_size, rank=job.rank, world_size=job.world_size,
+share = dict(batch_size=batch_size, block_size=block_size, rank=distributed.rank, world_size=distributed.world_size,
              device=device)
 train_data = Loader(dataset, 'train', **share, shuffle=shuffle, seed=seed)
 val_data = Loader(dataset, 'val', **share, shuffle=False)
@@ -170,7 +153,7 @@ step, best_val_loss, resumed = 0, math.inf, None
 skipped, bad_steps, norms = 0, 0, deque(maxlen=100)  # steps skipped, of them the last in a row; gradients' lengths
 ckpt_path, log_path = os.path.join(out_dir, checkpoint.NAME), os.path.join(out_dir, 'log.jsonl')
 if init_from == 'auto':
-    init_from = job.gather('resume' if os.path.exists(ckpt_path) else 'scratch')[0]
+    init_from = distributed.all_gather('resume' if os.path.exists(ckpt_path) else 'scratch')[0]
 model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
 try:
     if init_from == 'scratch':
@@ -179,10 +162,10 @@ try:
     elif init_from == 'resume':
         resumed = checkpoint.load(ckpt_path)
         if 'data' not in resumed:
-            sys.exit(f'{ckpt_path} holds weights alone, not where a run was: --init_from={ckpt_path} starts from them')
+            raise UserError(f'{ckpt_path} holds weights alone, not where a run was: --init_from={ckpt_path} starts from them')
         if resumed['config']['optimizer'] != optimizer:
-            sys.exit(f'{ckpt_path} has the state of {resumed["config"]["optimizer"]}: --init_from={ckpt_path} starts from '
-                     'its weights alone')
+            raise UserError(f'{ckpt_path} has the state of {resumed["config"]["optimizer"]}: --init_from={ckpt_path} starts from '
+                            'its weights alone')
         model, vocabulary = checkpoint.model_from(resumed, dropout=dropout), resumed['tokenizer']
         step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
         norms.extend(resumed['norms'])
@@ -191,22 +174,22 @@ try:
     if block_size < model.config.block_size:
         model.crop_block_size(block_size)
 except ValueError as error:  # settings that make no model
-    sys.exit(str(error))
+    raise UserError(error) from None
 if vocabulary != tokenizer.name:
-    sys.exit(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
+    raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
 if block_size > model.config.block_size:
-    sys.exit(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were trained for')
+    raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were trained for')
 model.activation_checkpointing = activation_checkpointing
 
 compiled = pick_compile(compile, device)
 if compiled:
     model.compile()
-train_model = job.wrap(model, device, parallel, dtype, replicas, cpu_offload)
+train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload)
 try:
     optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2),
                                       sharded=parallel == 'zero1')
 except ValueError as error:
-    sys.exit(str(error))
+    raise UserError(error) from None
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 if resumed:
     checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
@@ -215,7 +198,7 @@ if resumed:
     train_data.load_state_dict(resumed['data'])
 
 
-def learning_rate_at(step):
+def get_lr(step):
     """Linear warmup to learning_rate, then down to min_lr at lr_decay_iters by lr_schedule."""
     if not decay_lr:
         return learning_rate
@@ -238,7 +221,7 @@ def validation_loss(data):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
         total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
-    total, count = job.all_sum(total, count, device=device)
+    total, count = distributed.all_sum(total, count, device=device)
     return total / count
 
 
@@ -248,7 +231,7 @@ def sample():
         start = torch.full((2, 1), tokenizer.eot, device=device)
         seeds = seed + step, seed + step + 1
         for row in model.generate(start, max_new_tokens=min(64, block_size), top_k=50, seeds=seeds).tolist():
-            say(f'  > {tokenizer.decode(row[1:])!r}')
+            print0(f'  > {tokenizer.decode(row[1:])!r}')
 
 
 def due(interval):
@@ -272,15 +255,15 @@ def evaluate():
             scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
         result['hellaswag'] = scores['acc_norm']
         line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(items)})'
-    say(f'{line} | {time.perf_counter() - began:.1f} s')
+    print0(f'{line} | {time.perf_counter() - began:.1f} s')
     if due(sample_interval):
         sample()
     model.train()
     return result
 
 
-def log(entry):
-    if job.master:
+def write_log(entry):
+    if distributed.master:
         try:
             with open(log_path, 'a') as f:
                 f.write(json.dumps(entry) + '\n')
@@ -296,7 +279,7 @@ def save(best=False):
              else checkpoint.training_state(model, optimizers))
     state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
-              'random': job.gather(checkpoint.random_state(device)), 'skipped': skipped, 'norms': list(norms)}
+              'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped, 'norms': list(norms)}
     checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
@@ -316,40 +299,40 @@ def request_stop(number, frame):
             sys.exit(128 + number)
         return
     stop_signal, asked = number, time.monotonic()
-    say(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
+    print0(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
 
 
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)
 
-if job.master and not eval_only:
+if distributed.master and not eval_only:
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
-        sys.exit(f'out_dir={out_dir} cannot be made: {error.strerror}')
+        raise UserError(f'out_dir={out_dir} cannot be made: {error.strerror}')
     if init_from == 'resume':
-        checkpoint.rewind_log(log_path, step)
+        log.rewind(log_path, step)
     else:
-        checkpoint.set_aside(out_dir)
+        log.archive_previous_run(out_dir)
 items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
-if wandb_log and job.master:
+if wandb_log and distributed.master:
     try:
         import wandb
     except ImportError:
-        sys.exit('wandb_log needs Weights & Biases: pip install wandb')
+        raise UserError('wandb_log needs Weights & Biases: pip install wandb')
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
-peak = peak_flops(dtype, device) * job.world_size
-say(f'{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
-    f'{job.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
+peak = peak_flops(dtype, device) * distributed.world_size
+print0(f'{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
+    f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
 
-torch.manual_seed(seed + job.rank + step)  # dropout differs from process to process
-if resumed and len(resumed['random']) == job.world_size:
-    checkpoint.set_random_state(resumed['random'][job.rank], device)
+torch.manual_seed(seed + distributed.rank + step)  # dropout differs from process to process
+if resumed and len(resumed['random']) == distributed.world_size:
+    checkpoint.set_random_state(resumed['random'][distributed.rank], device)
 del resumed
 
 tracer = None
-if profile and job.master:
+if profile and distributed.master:
     tracer = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
@@ -361,7 +344,7 @@ while True:
         result = evaluate()
         if eval_only:
             break
-        log(result)
+        write_log(result)
         improved = result['val_loss'] < best_val_loss
         if step > 0 and math.isfinite(result['val_loss']) and (improved or always_save_checkpoint):
             best_val_loss = min(best_val_loss, result['val_loss'])
@@ -370,23 +353,23 @@ while True:
         break
 
     began = time.perf_counter()
-    lr = learning_rate_at(step)
+    lr = get_lr(step)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = lr
     train_loss = 0
     for micro_step in range(accumulation_steps):
         x, y = train_data.next_batch()  # (B, T) each
-        job.sync_gradients(train_model, micro_step == accumulation_steps - 1)
+        distributed.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
             _, loss = train_model(x, y, return_logits=False)
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
     for opt in optimizers:
         scaler.unscale_(opt)
-    grad_norm = job.clip_gradients(model, grad_clip)
+    grad_norm = distributed.clip_grad_norm(model, grad_clip)
     # the one moment at which the host waits for the device: what all processes have to say of this step
-    train_loss, grad_norm, stops = job.all_sum(train_loss / job.world_size, grad_norm / job.world_size,
+    train_loss, grad_norm, stops = distributed.all_sum(train_loss / distributed.world_size, grad_norm / distributed.world_size,
                                                stop_signal > 0, device=device)
     good = math.isfinite(train_loss) and math.isfinite(grad_norm) and not is_spike(grad_norm)
     for opt in optimizers:
@@ -408,20 +391,20 @@ while True:
     if step % log_interval == 0 or step == max_iters or not good:
         left = timedelta(seconds=round((max_iters - step) * seconds))
         note = '' if good else f' | skipped ({skipped} so far)'
-        say(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
+        print0(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
             f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left{note}')
-        log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
+        write_log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
              'tokens_per_s': tokens_per_s, 'mfu': mfu, 'skipped': skipped})
     if bad_steps == max_bad_steps:
         checkpoint.wait()
-        sys.exit(f'{bad_steps} steps in a row without a good gradient (the last: loss {train_loss:.4g}, norm '
-                 f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+        raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {train_loss:.4g}, norm '
+                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
     if stops and good:
         save()
         if checkpoint.wait():
-            say(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
+            print0(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
         break
 
 if not checkpoint.wait():
     sys.exit(1)
-job.stop()
+distributed.shutdown()

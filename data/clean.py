@@ -11,10 +11,11 @@ import hashlib
 import html
 import re
 import sqlite3
-import sys
 import unicodedata
 
 import numpy as np
+
+from data.errors import UserError
 
 # -----------------------------------------------------------------------------
 # normalising: the same text, without what is not text
@@ -117,7 +118,7 @@ def minhash_lsh():
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
-        sys.exit('--dedup=minhash needs the package datasketch: pip install datasketch')
+        raise UserError('--dedup=minhash needs the package datasketch: pip install datasketch')
     lsh = MinHashLSH(NEAR, PERMUTATIONS)
     return MinHash(PERMUTATIONS), lsh.b, lsh.r
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.errors import UserError
 from data.tokenizer import GPT2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,12 +68,12 @@ class Split:
         self.tokenizer, self.vocab_size, self.eot = meta.tokenizer, meta.vocab_size, meta.eot
         paths = list_shards(self.folder, meta, split)
         if not paths:
-            sys.exit(f'the dataset {self.folder} has no {split} split')
+            raise UserError(f'the dataset {self.folder} has no {split} split')
         self.shards = [open_shard(path, meta) for path in paths]
         self.dtype = self.shards[0].dtype
         for shard in self.shards:
             if shard.dtype != self.dtype:
-                sys.exit(f'{shard.path} holds {shard.dtype}, the shards before it {self.dtype}')
+                raise UserError(f'{shard.path} holds {shard.dtype}, the shards before it {self.dtype}')
         self.starts = np.cumsum([0] + [shard.tokens for shard in self.shards])
         self.n_tokens = int(self.starts[-1])
         count = min(SAMPLE, self.n_tokens)
@@ -93,7 +94,7 @@ class Split:
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             shard = self.shards[np.searchsorted(self.starts, starts[row] + column, side='right') - 1]
-            sys.exit(outside(shard, ids[row, column], self))
+            raise UserError(outside(shard, ids[row, column], self))
         return ids
 
 
@@ -113,7 +114,7 @@ def read_ids(shard, position, out):
                     raise OSError('it is shorter now')
                 data += piece
     except OSError as error:
-        sys.exit(f'{shard.path} was there at the start and cannot be read any more: {error}')
+        raise UserError(f'{shard.path} was there at the start and cannot be read any more: {error}')
     out[:] = np.frombuffer(data, shard.dtype)
 
 
@@ -131,9 +132,9 @@ def no_dataset(folder):
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     script = 'prepare_fineweb.py' if folder == ROOT / 'data' / 'fineweb_edu_10B' else place / 'prepare.py'
     if (ROOT / script).exists() and folder != ROOT / 'data':
-        sys.exit(f'no dataset in {place}: run `python {script}` to make it')
-    sys.exit(f'no dataset in {place}: `python prepare_fineweb.py --out_dir={place}` makes one '
-             'of your --data_files, or of a --dataset on the hub')
+        raise UserError(f'no dataset in {place}: run `python {script}` to make it')
+    raise UserError(f'no dataset in {place}: `python prepare_fineweb.py --out_dir={place}` makes one '
+                    'of your --data_files, or of a --dataset on the hub')
 
 
 def read_meta(folder):
@@ -148,12 +149,12 @@ def read_meta(folder):
                       for shard in meta['shards']}
             return Meta(meta['tokenizer'], int(meta['vocab_size']), int(meta['eot']), shards)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f'{path} cannot be used ({type(error).__name__}: {error})')
+            raise UserError(f'{path} cannot be used ({type(error).__name__}: {error})')
     if any(any(folder.glob(name)) for name in ('progress.json', 'train_[0-9]*.npy', 'val_[0-9]*.npy')):
-        sys.exit(f'the preparation of {folder} was interrupted: the same command, run again, goes on with it')
+        raise UserError(f'the preparation of {folder} was interrupted: the same command, run again, goes on with it')
     if (folder / 'meta.pkl').exists():
-        sys.exit(f"{folder} has ids of characters, by nanoGPT's meta.pkl, and no tokenizer here decodes those: "
-                 'prepare its text anew')
+        raise UserError(f"{folder} has ids of characters, by nanoGPT's meta.pkl, and no tokenizer here decodes those: "
+                        'prepare its text anew')
     return Meta(GPT2.name, GPT2.vocab_size, GPT2.eot, None)
 
 
@@ -169,7 +170,7 @@ def list_shards(folder, meta, split):
 def open_shard(path, meta):
     """The Shard in a file of any of the formats, held against its own header and against meta.json."""
     if not path.is_file():
-        sys.exit(f'{path} is missing, though meta.json lists it: {MEND}')
+        raise UserError(f'{path} is missing, though meta.json lists it: {MEND}')
     try:
         shard = open_npy(path) if path.suffix == '.npy' else open_bin(path)
         stat = path.stat()
@@ -183,7 +184,7 @@ def open_shard(path, meta):
                              f'and meta.json lists {tokens:,} of {dtype}')
         return shard._replace(changed=stat.st_mtime_ns)
     except (OSError, ValueError) as error:
-        sys.exit(f'{path} is damaged ({error}): {MEND}')
+        raise UserError(f'{path} is damaged ({error}): {MEND}')
 
 
 def open_npy(path):
@@ -223,20 +224,22 @@ def verify(dataset):
                 while chunk := file.read(2**20):
                     digest.update(chunk)
             if meta.shards and digest.hexdigest() != meta.shards[path.name][2]:
-                sys.exit(f'{path} is damaged (its sha256 is not the one in meta.json): {MEND}')
+                raise UserError(f'{path} is damaged (its sha256 is not the one in meta.json): {MEND}')
             largest = np.memmap(path, shard.dtype, 'r', shard.offset).max()
             if largest >= meta.vocab_size:
-                sys.exit(outside(shard, largest, meta))
+                raise UserError(outside(shard, largest, meta))
             print(f'{path}: {shard.tokens:,} tokens, as they should be')
-        except SystemExit as error:
+        except UserError as error:
             print(error, file=sys.stderr)
             damaged += 1
     if damaged:
-        sys.exit(f'{damaged} of {len(paths)} shards are damaged')
+        raise UserError(f'{damaged} of {len(paths)} shards are damaged')
     print(f'all {len(paths)} shards are whole' + ('' if meta.shards else ', as far as one can tell without meta.json'))
 
 
 if __name__ == '__main__':
+    from configurator import excepthook
+    sys.excepthook = excepthook
     if len(sys.argv) != 2:
-        sys.exit('usage: python -m data.dataset FOLDER')
+        raise UserError('usage: python -m data.dataset FOLDER')
     verify(sys.argv[1])

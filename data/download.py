@@ -3,10 +3,11 @@ Files from the network, each known by its sha256, and how a file is written that
 """
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 import requests
+
+from data.errors import UserError
 
 TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
@@ -23,11 +24,11 @@ def download(url, sha256, path, option='--input=FILE'):
             response = requests.get(url, timeout=60)
             response.raise_for_status()
             if hashlib.sha256(response.content).hexdigest() != sha256:
-                sys.exit(f'{url} is not what it was (its sha256 is not {sha256}): give a copy that is as {option}')
+                raise UserError(f'{url} is not what it was (its sha256 is not {sha256}): give a copy that is as {option}')
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, response.content)
         except OSError as error:  # the network's, requests' or the disk's
-            sys.exit(f'{url} could not be fetched ({type(error).__name__}): go online, or give a copy as {option}')
+            raise UserError(f'{url} could not be fetched ({type(error).__name__}): go online, or give a copy as {option}')
     return path
 
 
@@ -46,4 +47,4 @@ def read_text(path):
     try:
         return Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'{path} cannot be read: {getattr(error, "strerror", None) or "it is not UTF-8 text"}')
+        raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or "it is not UTF-8 text"}')

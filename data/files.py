@@ -12,11 +12,11 @@ import itertools
 import json
 import os
 import re
-import sys
 
 import pyarrow
 import pyarrow.parquet
 
+from data.errors import UserError
 from data.prepare import in_batches
 
 
@@ -29,15 +29,17 @@ def find_files(patterns):
     files = set()
     for pattern in patterns.split(','):
         found = [path for path in glob.glob(pattern.strip(), recursive=True) if os.path.isfile(path)]
-        files |= set(found) or sys.exit(f"data_files: no file is named '{pattern}'"
-                                        + f', but a folder is: try {pattern}/*' * os.path.isdir(pattern))
+        if not found:
+            raise UserError(f"data_files: no file is named '{pattern}'"
+                            + f', but a folder is: try {pattern}/*' * os.path.isdir(pattern))
+        files |= set(found)
     return sorted(files)
 
 
 def corpus_of_files(files, text_key, txt_split, skip_bad):
     """The corpus (see data/prepare.py) of all documents in `files`, one file after the other."""
     if txt_split not in ('file', 'line', 'blank'):
-        sys.exit(f"txt_split='{txt_split}': there are file, line and blank")
+        raise UserError(f"txt_split='{txt_split}': there are file, line and blank")
 
     def corpus(mark):
         return in_batches(documents(**mark) if mark else documents())
@@ -47,7 +49,7 @@ def corpus_of_files(files, text_key, txt_split, skip_bad):
             for n, (line, text) in enumerate(read(files[i], text_key, txt_split)):
                 if isinstance(text, Bad):
                     if not skip_bad:
-                        sys.exit(f'{files[i]}:{line}: {text} (--skip_bad skips such documents and counts them)')
+                        raise UserError(f'{files[i]}:{line}: {text} (--skip_bad skips such documents and counts them)')
                     text = None
                 if i > file or n >= document:
                     yield text, {'file': i, 'document': n + 1}

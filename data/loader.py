@@ -12,7 +12,6 @@ datasets, and each of them keeps its own position.
 import functools
 import math
 import os
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from data.dataset import Split
+from data.errors import UserError
 
 AHEAD = 4       # batches made at once while the model is busy with the last ones
 ROUNDS = 6      # of the permutation's Feistel network; with 4, not every order of three blocks is as likely
@@ -45,11 +45,11 @@ class Loader:
             self.splits[0].tokenizer, self.splits[0].vocab_size, self.splits[0].eot)
         for data in self.splits:
             if data.tokenizer != self.tokenizer:
-                sys.exit(f'{self.splits[0].folder} has the tokenizer {self.tokenizer} and {data.folder} has '
-                         f'{data.tokenizer}: a mixture needs one tokenizer')
+                raise UserError(f'{self.splits[0].folder} has the tokenizer {self.tokenizer} and {data.folder} has '
+                                f'{data.tokenizer}: a mixture needs one tokenizer')
             if data.n_tokens <= block_size:
-                sys.exit(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block '
-                         f'of block_size={block_size} and the token that follows it')
+                raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block '
+                                f'of block_size={block_size} and the token that follows it')
         self.batch_size, self.block_size, self.rank, self.world_size = batch_size, block_size, rank, world_size
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         if self.device.type == 'cuda' and self.device.index is None:    # in a new thread, cuda means cuda:0
@@ -169,10 +169,10 @@ def parse_mixture(dataset):
                 return {dataset: 1.0}           # a folder, whatever its name
             weight = 0.0
         if not name or not 0 < weight < math.inf:
-            sys.exit(f"dataset={dataset}: '{item.strip()}' should be a dataset and a positive weight, "
-                     'as in a:0.7,b:0.3')
+            raise UserError(f"dataset={dataset}: '{item.strip()}' should be a dataset and a positive weight, "
+                            'as in a:0.7,b:0.3')
         if name in mixture:
-            sys.exit(f'dataset={dataset}: {name} is there twice')
+            raise UserError(f'dataset={dataset}: {name} is there twice')
         mixture[name] = weight
     return {name: weight / sum(mixture.values()) for name, weight in mixture.items()}
 
@@ -180,7 +180,7 @@ def parse_mixture(dataset):
 def short_names(dataset, names, splits):
     """The folders' names, which outlive a move to another place; what the user wrote if two are the same."""
     if len({data.folder.resolve() for data in splits}) < len(splits):
-        sys.exit(f'dataset={dataset}: two of these are the same folder')
+        raise UserError(f'dataset={dataset}: two of these are the same folder')
     short = [os.path.basename(os.path.abspath(data.folder)) for data in splits]
     return short if len(set(short)) == len(short) else names
 

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import signal
 import sqlite3
-import sys
 import threading
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from data import clean as cleaning
 from data.download import write
+from data.errors import UserError
 from data.tokenizer import get_tokenizer
 
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
@@ -48,9 +48,9 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     total: how many documents there are, where that is known, for the bar
     """
     if shard_size < 1 or max_tokens < 0 or num_proc < 0:
-        sys.exit('shard_size must be at least 1, max_tokens and num_proc at least 0')
+        raise UserError('shard_size must be at least 1, max_tokens and num_proc at least 0')
     if dedup not in ('', *cleaning.KEYS):
-        sys.exit(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
+        raise UserError(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
     settings = {'tokenizer': get_tokenizer(tokenizer).name, 'shard_size': shard_size, 'max_tokens': max_tokens,
                 'clean': clean, 'dedup': dedup, **settings}
     corpora = {'val': val, 'train': train} if val else {'': train}
@@ -65,10 +65,10 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
             for path in (out_dir / 'progress.json', out_dir / 'seen.sqlite', *out_dir.glob('*.tmp')):
                 path.unlink(missing_ok=True)
     except KeyboardInterrupt:
-        sys.exit(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
+        raise UserError(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
     except (OSError, sqlite3.OperationalError, concurrent.futures.BrokenExecutor) as error:
         # a full disk, a network that went away, a worker that was killed for its memory
-        sys.exit(f'{out_dir}: {error}; the same command goes on from the last whole shard')
+        raise UserError(f'{out_dir}: {error}; the same command goes on from the last whole shard')
     report(out_dir, state)
 
 
@@ -116,7 +116,7 @@ def write_shards(out_dir, corpora, state, num_proc, total):
                     break
             one_shard = split == '' and not shards  # of which the first tenth is for validation
             if shard.tokens < 1 + one_shard and not any(entry['file'].startswith(split or 'train') for entry in shards):
-                sys.exit(f'{out_dir}: too little text in {place["counts"]["in"]:,} documents')
+                raise UserError(f'{out_dir}: too little text in {place["counts"]["in"]:,} documents')
             if one_shard:
                 tokens = shard.take()
                 shard.write(tokens[:-(-len(tokens) // 10)])
@@ -259,7 +259,7 @@ def locked(folder):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        sys.exit(f'{folder} is being prepared by another process')
+        raise UserError(f'{folder} is being prepared by another process')
     finally:
         os.close(descriptor)
 
@@ -273,7 +273,7 @@ def earlier(out_dir, source, settings):
     there = {path.name for path in out_dir.glob('*.npy')}
     files = [path for path in (out_dir / 'meta.json', out_dir / 'progress.json') if path.exists()]
     if not files and there:
-        sys.exit(f'{out_dir} holds {min(there)}, but nothing says what made it: give another out_dir')
+        raise UserError(f'{out_dir} holds {min(there)}, but nothing says what made it: give another out_dir')
     try:
         state = json.loads(files[0].read_text()) if files else new
         if not state['shards']:
@@ -282,11 +282,11 @@ def earlier(out_dir, source, settings):
         damaged = [out_dir / entry['file'] for entry in state['shards']
                    if not holds(out_dir / entry['file'], entry['tokens'])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f'{files[0]} is damaged ({error!r}): {START_AGAIN}')
+        raise UserError(f'{files[0]} is damaged ({error!r}): {START_AGAIN}')
     if different:
-        sys.exit(f'{out_dir} was begun with {different}: give another out_dir, or {START_AGAIN}')
+        raise UserError(f'{out_dir} was begun with {different}: give another out_dir, or {START_AGAIN}')
     if damaged:
-        sys.exit(f'{damaged[0]} is missing or damaged, though it was made whole: {START_AGAIN}')
+        raise UserError(f'{damaged[0]} is missing or damaged, though it was made whole: {START_AGAIN}')
     return state
 
 

@@ -10,9 +10,11 @@ Tokenizers by name: text to token ids and back. There are two:
 A further tokenizer is a class with the same members and a row in TOKENIZERS.
 """
 import functools
-import sys
+import math
 
 import numpy as np
+
+from data.errors import UserError
 
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text id is written; the same characters in a text are only text
 
@@ -25,8 +27,8 @@ class GPT2:
         try:
             self.bpe = tiktoken.get_encoding('gpt2')
         except Exception as error:  # requests' errors, or tiktoken's ValueError for a damaged download
-            sys.exit(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): go online once, "
-                     'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes')
+            raise UserError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): go online once, "
+                            'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes')
 
     def encode(self, text):
         """The ids of `text`, (n,) uint16. It holds no special tokens: '<|endoftext|>' in it is ordinary text."""
@@ -80,7 +82,7 @@ TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (GPT2, Bytes)}
 def get_tokenizer(name):
     """The tokenizer of that name: .name, .vocab_size, .eot, .dtype, .encode, .encode_documents, .decode."""
     if name not in TOKENIZERS:
-        sys.exit(f"no tokenizer is called '{name}': there are {' and '.join(TOKENIZERS)}")
+        raise UserError(f"no tokenizer is called '{name}': there are {' and '.join(TOKENIZERS)}")
     return TOKENIZERS[name]()
 
 
@@ -96,3 +98,45 @@ def valid(text):
         return text
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def tokenizer_files(tokenizer, block_size):
+    """The content of tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer makes a
+    tokenizer with our ids. As usual there, and unlike here, '<|endoftext|>' in a text is the end-of-text id."""
+    ranks = {bytes([i]): i for i in range(256)}
+    if tokenizer.name == 'gpt2':
+        ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
+    special = dict(content=END_OF_TEXT, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    vocab = {printable(token): i for token, i in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
+    pieces = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's splits
+    bpe = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
+               fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[[printable(p) for p in m] for m in merges(ranks)])
+    return {'tokenizer.json': dict(version='1.0', truncation=None, padding=None, normalizer=None, pre_tokenizer=pieces,
+                                   added_tokens=[dict(id=tokenizer.eot) | special], post_processor=None,
+                                   decoder=pieces, model=bpe),
+            'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
+                                          bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
+                                          clean_up_tokenization_spaces=False)}
+
+
+def printable(token):
+    """A token's bytes as GPT-2's files write them: a visible character for each byte."""
+    return ''.join(VISIBLE[byte] for byte in token)
+
+
+VISIBLE = [chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b else None for b in range(256)]
+unseen = iter(range(256, 512))
+VISIBLE = [c or chr(next(unseen)) for c in VISIBLE]  # the others, in order, are the characters from 256 on
+
+
+def merges(ranks):
+    """The two parts that each longer token was merged from: what byte pair encoding makes of its bytes when the
+    token itself is the only one left to merge."""
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        yield parts

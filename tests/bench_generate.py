@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from configurator import configure
-from device import autocast, keep_products_in, pick_device, pick_dtype, synchronize
+from common.device import autocast, pick_device, pick_dtype, synchronize
+from common.generate import cast_linears
 from model import GPT, GPTConfig
 
 peer = ''  # a checkout of nanoGPT
@@ -36,7 +37,7 @@ device = pick_device(device)
 
 def ours(dtype):
     model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
-    keep_products_in(dtype, model)
+    cast_linears(dtype, model)
 
     def write(idx, n):
         with autocast(dtype, device):

@@ -22,7 +22,7 @@ import torch
 import hellaswag
 from configurator import configure
 from data.tokenizer import get_tokenizer
-from device import pick_device, synchronize
+from common.device import pick_device, synchronize
 from model import GPT, GPTConfig
 
 peer = ''  # a checkout of build-nanogpt

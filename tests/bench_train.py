@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from configurator import configure
-from device import autocast, pick_compile, pick_device, pick_dtype, synchronize
+from common.device import autocast, pick_compile, pick_device, pick_dtype, synchronize
 
 peer = ''  # a checkout of nanoGPT or build-nanogpt
 peer_compile = 'auto'  # nanoGPT's default is True, and False is what its README gives for a CPU
@@ -53,7 +53,7 @@ compile_source = __builtins__.compile  # `compile` is a setting here
 
 def our_model():
     from model import GPT, GPTConfig
-    from optimizers import configure_optimizers
+    from common.optimizers import configure_optimizers
     model = GPT(GPTConfig(block_size=block_size)).to(device)
     optimizers = configure_optimizers(model, 'adamw', 6e-4, 0.1, (0.9, 0.95))
     return model, optimizers, lambda x, y: model(x, y, return_logits=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import UserError
 from data.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,7 @@ if (SHARED / 'tiktoken').is_dir():
 def has_gpt2():
     try:
         return bool(get_tokenizer('gpt2'))
-    except SystemExit:
+    except UserError:
         return False
 
 

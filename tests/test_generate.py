@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from generate import left_padded, next_token_probs, penalize, stream
+from common.generate import left_padded, next_token_probs, penalize, stream
 from model import GPT, GPTConfig
 from test_model import VARIANTS
 

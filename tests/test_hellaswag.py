@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import hellaswag
 from conftest import ROOT, SHARED, environment, needs_gpt2, run
+from data.errors import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -194,7 +195,7 @@ def test_command(tmp_path):
 def test_a_broken_line_is_named(tmp_path, line, words):
     path = tmp_path / 'items.jsonl'
     path.write_text(f'{json.dumps(ITEM)}\n{line}\n')
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         hellaswag.load_items(path)
     assert str(stop.value).startswith(f'{path}{words}')
     assert len(hellaswag.load_items(path, limit=1)) == 1  # what comes after the limit does not matter
@@ -205,7 +206,7 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
     (tmp_path / 'utf16').write_bytes(b'\xff\xfe')
     (tmp_path / 'good').write_text(json.dumps(ITEM))
     for name, words in ('gone', 'No such file'), ('empty', 'no items'), ('utf16', 'not an item of HellaSwag'):
-        with pytest.raises(SystemExit, match=f'{tmp_path}/{name}: {words}'):
+        with pytest.raises(UserError, match=f'{tmp_path}/{name}: {words}'):
             hellaswag.load_items(tmp_path / name)
     for arguments, words in (([f'--data={tmp_path}/good', f'--out_dir={tmp_path}'], 'no checkpoint'),
                              ([f'--out={tmp_path}/no/results.jsonl'], 'no such folder'),
@@ -244,10 +245,10 @@ def server(tmp_path, monkeypatch):
 def test_download(server, monkeypatch):
     """A missing or damaged file leaves nothing behind; a good one is fetched once."""
     content = json.dumps(ITEM).encode()
-    with pytest.raises(SystemExit, match='could not be fetched .*--data=FILE'):
+    with pytest.raises(UserError, match='could not be fetched .*--data=FILE'):
         hellaswag.load_items()
     (server / 'items.jsonl').write_bytes(content)
-    with pytest.raises(SystemExit, match='not what it was'):
+    with pytest.raises(UserError, match='not what it was'):
         hellaswag.load_items()
     assert not hellaswag.FILE.parent.exists()
     monkeypatch.setattr(hellaswag, 'SHA256', hashlib.sha256(content).hexdigest())

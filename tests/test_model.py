@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
-from optimizers import configure_optimizers
+from common.optimizers import configure_optimizers
 
 TINY = dict(block_size=32, vocab_size=128, n_layer=2, n_head=4, n_embd=32)  # 128: no padding, as the peers have none
 VARIANTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizers import Muon, configure_optimizers, orthogonalize
+from common.optimizers import Muon, configure_optimizers, orthogonalize
 
 TINY = dict(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=64)
 

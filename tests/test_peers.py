@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from common import checkpoint
 from conftest import TINY, environment, run
+from data.errors import UserError
 from model import GPT, GPTConfig
 from test_model import nanogpt
 
@@ -85,20 +86,20 @@ def test_nothing_is_run(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / 'ran'), 'w')
     torch.save({'model': {}, 'config': Config()}, tmp_path / 'bad.pt')
-    with pytest.raises(SystemExit, match='bad.pt is no checkpoint that can be read') as exit:
+    with pytest.raises(UserError, match='bad.pt is no checkpoint that can be read') as exit:
         checkpoint.load_model(str(tmp_path / 'bad.pt'), '', 'cpu')
     assert '\n' not in str(exit.value) and not (tmp_path / 'ran').exists()
 
 
 def test_other_files(tmp_path):
     torch.save({'weights': torch.ones(3)}, tmp_path / 'other.pt')
-    with pytest.raises(SystemExit, match='other.pt holds no GPT'):
+    with pytest.raises(UserError, match='other.pt holds no GPT'):
         checkpoint.load_model(str(tmp_path / 'other.pt'), '', 'cpu')
     torch.save([1, 2], tmp_path / 'list.pt')
-    with pytest.raises(SystemExit, match='list.pt holds no GPT'):
+    with pytest.raises(UserError, match='list.pt holds no GPT'):
         checkpoint.load_model(str(tmp_path / 'list.pt'), '', 'cpu')
     characters = nanogpt_checkpoint(weights(65), tmp_path / 'characters.pt', 65)
-    with pytest.raises(SystemExit, match='a vocabulary of 65 ids, and no tokenizer here has as many'):
+    with pytest.raises(UserError, match='a vocabulary of 65 ids, and no tokenizer here has as many'):
         checkpoint.load_model(characters, '', 'cpu')
 
 

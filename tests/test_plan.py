@@ -1,4 +1,4 @@
-"""What --plan promises, beside what a run then takes, and beside sums done by hand."""
+"""What plan.py promises, beside what a run then takes, and beside sums done by hand."""
 
 import json
 import re
@@ -14,7 +14,7 @@ LAYOUTS = {'ddp': [], 'zero1': ['--parallel=zero1'], 'fsdp': ['--parallel=fsdp']
 
 
 def plan(*args):
-    return run('train.py', *args, '--plan').out
+    return run('plan.py', *args).out
 
 
 def parts(out):
@@ -49,7 +49,7 @@ def test_a_plan_that_does_not_fit_names_settings_that_do():
     fit = re.search(r'^ +RTX 4090 .*  with (--.*)$', plan(*args), re.MULTILINE)[1]
     out = plan(*args, *fit.split())
     assert re.search(r'^ +RTX 4090 .*  yes$', out, re.MULTILINE) and sum(parts(out).values()) / 2 < 24e9
-    assert 'no: more GPUs' in plan('config/gpt2_xl.py', '--plan_gpus=1', '--n_layer=200')
+    assert 'no: more GPUs' in plan('config/gpt2_xl.py', '--gpus=1', '--n_layer=200')
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -60,7 +60,7 @@ def test_memory_is_what_the_plan_says(dataset, tmp_path, layout):
     (tmp_path / 'measured.py').write_text('''
 import json, os
 from __main__ import model, optimizers
-from optimizers import local
+from common.optimizers import local
 
 def size(tensors):
     return sum(local(x).untyped_storage().nbytes() if local(x).dim() else 0 for x in tensors)
@@ -74,7 +74,7 @@ def tell(folder):
 ''')
     run('train.py', *args, '--max_iters=3', measure, processes=2, PYTHONPATH=str(tmp_path))
     found = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
-    planned = parts(plan(*args, '--plan_gpus=2'))
+    planned = parts(plan(*args, '--gpus=2'))
     for part in ('weights', 'gradients', 'optimizer'):
         assert planned[part] == pytest.approx(max(each[part] for each in found), rel=0.15), part
 

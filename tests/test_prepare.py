@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, SHARED, finish, run, start
 
 from data import prepare as engine
+from data.errors import UserError
 from data.tokenizer import get_tokenizer
 
 BYTES = get_tokenizer('bytes')
@@ -347,9 +348,9 @@ def test_a_download_is_checked(tmp_path, monkeypatch):
     sha256 = '2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824'
     monkeypatch.setenv('NO_PROXY', '*')
     try:
-        with pytest.raises(SystemExit, match='not what it was'):
+        with pytest.raises(UserError, match='not what it was'):
             download(url, '0' * 64, tmp_path / 'wrong.txt')
-        with pytest.raises(SystemExit, match='--input=FILE'):
+        with pytest.raises(UserError, match='--input=FILE'):
             download(url + 'x', sha256, tmp_path / 'wrong.txt')
         assert download(url, sha256, tmp_path / 'right.txt').read_text() == 'hello'
     finally:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import checkpoint
+from common import checkpoint
 from conftest import TINY, at_step, finish, losses, read_log, run, start
 
 KILLS = 20

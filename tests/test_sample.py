@@ -15,7 +15,7 @@ import torch
 from conftest import command, environment, finish, run, start
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from optimizers import configure_optimizers
+from common.optimizers import configure_optimizers
 
 TEXT = 'Übermut, 9 €: ☃ and 😀!'  # characters of one, two, three and four bytes
 GREEDY = ['--temperature=0', '--num_samples=1', '--device=cpu', '--dtype=float32']

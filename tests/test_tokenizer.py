@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment, needs_gpt2
 
+from data.errors import UserError
 from data.tokenizer import END_OF_TEXT, get_tokenizer
 
 TEXTS = ['Hello world', '', ' ', '\n\n', 'é 漢字 🙂 e\u0301', 'ends in space ', ' begins\n', '0123456789' * 9, '\x00\x7f\ufeff',
@@ -63,7 +64,7 @@ def test_bytes_are_bytes():
 
 
 def test_unknown_name():
-    with pytest.raises(SystemExit, match="no tokenizer is called 'gpt3': there are gpt2 and bytes"):
+    with pytest.raises(UserError, match="no tokenizer is called 'gpt3': there are gpt2 and bytes"):
         get_tokenizer('gpt3')
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, finish, losses, read_log, run, start
+from data.errors import UserError
 from model import GPT, GPTConfig
 
 
@@ -130,19 +131,18 @@ MISTAKES = {  # arguments: what the one line must say
 
 
 @pytest.mark.parametrize('mistake', MISTAKES)
-def test_a_mistake_ends_in_one_line(dataset, tmp_path, monkeypatch, capsys, mistake):
-    """In this process, since starting so many would take minutes: what sys.exit is given is what the user reads."""
+def test_a_mistake_ends_in_one_line(dataset, tmp_path, monkeypatch, mistake):
+    """In this process, since starting each in its own would take minutes: the UserError is what the user reads."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(sys, 'argv', list(tiny(dataset, tmp_path / 'out', *mistake.split())))
-    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # train.py has its own
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() installs its own
     precision = torch.get_float32_matmul_precision()
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(UserError) as exit:
         runpy.run_path('train.py', run_name='__main__')
     torch.set_float32_matmul_precision(precision)
-    err = capsys.readouterr().err
-    line = err.removesuffix('\n') if exit.value.code == 2 else exit.value.code
-    assert isinstance(line, str) and '\n' not in line and re.search(MISTAKES[mistake], line)
+    line = str(exit.value)
+    assert '\n' not in line and re.search(MISTAKES[mistake], line)
     assert not (tmp_path / 'out').exists()
 
 
@@ -150,10 +150,10 @@ def test_a_mistake_ends_in_one_line(dataset, tmp_path, monkeypatch, capsys, mist
 def test_every_configuration_makes_a_model(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(sys, 'argv', ['train.py', str(path), '--init_from=scratch', '--plan'])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path('train.py', run_name='__main__')
-    assert not exit.value.code and 'parameters' in capsys.readouterr().out
+    monkeypatch.setattr(sys, 'argv', ['plan.py', str(path), '--init_from=scratch'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    runpy.run_path('plan.py', run_name='__main__')
+    assert 'parameters' in capsys.readouterr().out
 
 
 def test_a_file_of_nanogpts_settings_runs_unchanged(dataset, tmp_path):

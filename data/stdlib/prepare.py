@@ -13,7 +13,7 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from configurator import configure
+from configurator import UserError, configure
 from data.prepare import corpus_of, prepare
 
 tokenizer = 'bytes'  # or 'gpt2'
@@ -39,7 +39,7 @@ root = Path(sysconfig.get_path('stdlib'))
 files = sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py')
                if not SKIP & set(path.relative_to(root).parts))
 if not files:
-    sys.exit(f'{root} has no .py files: this Python comes without its source')
+    raise UserError(f'{root} has no .py files: this Python comes without its source')
 held_out = files[::20]
 prepare(out_dir or Path(__file__).parent,
         train=corpus_of(lambda: (read(root / file) for file in files if file not in set(held_out))),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
-from configurator import configure
+from configurator import UserError, configure
 from data.download import read_text
 from data.prepare import corpus_of, prepare
 
@@ -33,7 +33,7 @@ def from_hub(split):
     try:
         return ''.join(load_dataset('Salesforce/wikitext', name, split=split)['text'])
     except Exception as error:  # of many kinds: no network, no such name
-        sys.exit(f'WikiText-2 could not be fetched ({type(error).__name__}): give a copy of its text as --input=FILE')
+        raise UserError(f'WikiText-2 could not be fetched ({type(error).__name__}): give a copy of its text as --input=FILE')
 
 
 if input:

@@ -1,10 +1,10 @@
 """How a GPT writes: one token after the other, each drawn from the probabilities that it gives the next."""
 
 import math
-from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.device import DTYPES, cpu_vector_kernels
 
 
 @torch.inference_mode()
@@ -44,7 +44,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         positions, mask = None, None
         if empty is not None:  # a window that slides loses its empty columns first
             positions, mask = left_padded((empty - (T + i - S)).clamp(min=0), S, new.size(1))
-        with vector_kernels(new.numel() == 1 and device.type == 'cpu'):
+        with cpu_vector_kernels(new.numel() == 1 and device.type == 'cpu'):
             logits, _ = model(new, positions=positions, mask=mask, cache=cache)
         logits = penalize(logits[:, -1].float(), idx, repetition_penalty)  # (B, V)
         if temperature == 0:
@@ -55,17 +55,14 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         yield new
 
 
-@contextmanager
-def vector_kernels(on):
-    """While on, PyTorch takes the kernels that are fastest on a CPU for one token in bfloat16: its own product of a
-    matrix and a vector, twice as fast as oneDNN's, and attention step by step, three times as fast as fused."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not on
-    try:
-        with sdpa_kernel(SDPBackend.MATH) if on else nullcontext():
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+def cast_linears(dtype, model):
+    """Store the weights of matrix products in dtype, to write with: they are what autocast would make of them, and need
+    not be made anew for every token. Everything else stays float32, the token embedding too."""
+    embedding = model.transformer.wte
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # else it is the head's
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(DTYPES[dtype])
 
 
 def left_padded(empty, S, T):

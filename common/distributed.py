@@ -1,6 +1,6 @@
 """
 Everything particular to training with many processes: who they are, how the model is laid out over them, what they
-tell each other, and how they end together. train.py calls it `job`.
+tell each other, and how they end together.
 
 torchrun starts the processes and names each one in RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one, and
 every function here does what one process needs.
@@ -23,7 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from device import DTYPES, pick_device
+from common.device import DTYPES, pick_device
+from data.errors import UserError
 
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
@@ -34,40 +35,38 @@ store = None  # what the processes write on a common board, without waiting for 
 progress = 0, time.monotonic()  # how often this process has met the others, and when it last did
 
 
-def start(device, backend='auto', timeout=600):
+def init(device, backend='auto', timeout=600):
     """Join the other processes that torchrun started, if it did. Returns this process's device.
 
     timeout: seconds after which a process that still waits for the others names those that are missing and ends.
     """
     global store
-    sys.excepthook = explain
     if device in ('auto', 'cuda') and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)  # before anything else touches a GPU
     device = pick_device(device)
     if 'RANK' not in os.environ:
         return device
-    sys.exit = leave
     if device == 'cuda':
         if local_rank >= torch.cuda.device_count():
-            sys.exit(f'{torch.cuda.device_count()} GPUs here: lower torchrun\'s --nproc_per_node')
+            raise UserError(f'{torch.cuda.device_count()} GPUs here: lower torchrun\'s --nproc_per_node')
         device = f'cuda:{local_rank}'
     if backend == 'auto':  # what stays on the CPU is exchanged too, when the optimizer's state is offloaded
         backend = 'cpu:gloo,cuda:nccl' if 'cuda' in device else 'gloo'
     for name in backend.split(','):
         if not dist.is_backend_available(name.split(':')[-1]):
-            sys.exit(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; auto takes the one that fits')
+            raise UserError(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; auto takes the one that fits')
     try:
         board, *_ = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
     except ValueError as error:  # RANK alone
-        sys.exit(f'RANK is set, but not what else torchrun sets: {error}')
-    store = clean_part(board, timeout)
+        raise UserError(f'RANK is set, but not what else torchrun sets: {error}')
+    store = private_store(board, timeout)
     dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=2 * timeout + 60))  # the watch speaks first, and plainer
-    threading.Thread(target=watch, args=(timeout,), daemon=True).start()
+                            timeout=timedelta(seconds=2 * timeout + 60))  # the watchdog speaks first, and plainer
+    threading.Thread(target=watchdog, args=(timeout,), daemon=True).start()
     return device
 
 
-def clean_part(board, timeout):
+def private_store(board, timeout):
     """A part of the board for these processes alone. torchrun hands the same board to the processes that it starts
     after a failure, with all that the dead have written, and who read their addresses would wait for them."""
     me = uuid.uuid4().hex
@@ -82,12 +81,18 @@ def clean_part(board, timeout):
             if board.check([f'hello/{other}']):  # perhaps a dead one's, whose answer nobody reads
                 board.set(f'part/{board.get(f"hello/{other}").decode()}', me)
         if time.monotonic() - began > timeout:
-            sys.exit(f'only {came} of {world_size} processes have come in {timeout} s (dist_timeout)')
+            raise UserError(f'only {came} of {world_size} processes have come in {timeout} s (dist_timeout)')
         time.sleep(0.05)
     return dist.PrefixStore(me, board)
 
 
-def stop():
+def print0(*args, **kwargs):
+    """print, on the first process only, flushed."""
+    if master:
+        print(*args, **kwargs, flush=True)
+
+
+def shutdown():
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,11 +103,11 @@ def stop():
 def check_layout(layout, replicas, cpu_offload, sharded_checkpoints):
     """Exit with one line if these settings make no layout for this number of processes."""
     if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
-        sys.exit(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
+        raise UserError(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
     if layout != 'ddp' and 'RANK' not in os.environ:
-        sys.exit(f'parallel={layout} shares the work of several processes: start them with torchrun')
+        raise UserError(f'parallel={layout} shares the work of several processes: start them with torchrun')
     if world_size % replicas:
-        sys.exit(f'replicas={replicas} must divide the number of processes, {world_size}')
+        raise UserError(f'replicas={replicas} must divide the number of processes, {world_size}')
 
 
 def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=False):
@@ -138,12 +143,12 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
 def sync_gradients(model, last):
     """Tell a wrapped model whether the coming backward pass is the last of its step: only then are gradients
     sent round, once for all micro-batches. (fsdp sends them each time, since it has no room to keep them whole.)"""
-    meet()
+    record_progress()
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
 
 
-def clip_gradients(model, longest):
+def clip_grad_norm(model, longest):
     """Scale the gradient down to at most this length. Returns the length that it had, a tensor on the device."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), longest or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -154,7 +159,7 @@ def clip_gradients(model, longest):
 
 def all_sum(*values, device):
     """Each number, or tensor of one, summed over all processes, as floats."""
-    meet()
+    record_progress()
     total = torch.stack([torch.as_tensor(v, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
                          for v in values])
     if dist.is_initialized():
@@ -162,11 +167,11 @@ def all_sum(*values, device):
     return total.tolist()
 
 
-def gather(value):
+def all_gather(value):
     """What each process has, as a list, on all of them."""
     if not dist.is_initialized():
         return [value]
-    meet()
+    record_progress()
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
@@ -175,13 +180,13 @@ def gather(value):
 # -----------------------------------------------------------------------------
 # how they end together
 
-def meet():
+def record_progress():
     """Note for the watch that this process has come as far as the next exchange."""
     global progress
     progress = progress[0] + 1, time.monotonic()
 
 
-def watch(timeout):
+def watchdog(timeout):
     """Runs beside the training and says on the board how far this process has come. Once it has waited longer than
     timeout seconds, it looks who has come less far, or has stopped telling, and ends the program."""
     pause = min(10, timeout / 10)
@@ -211,39 +216,29 @@ def watch(timeout):
         except RuntimeError:  # the board was on the first process's machine
             missing, reason = {0}, 'rank 0, or its machine,'
         if progress[0] == met and missing and rank not in missing:
-            if first_to_fail():
+            if is_first_failure():
                 print(f'{reason} has not come for {timeout} s (dist_timeout), and the others cannot go on without',
                       file=sys.stderr, flush=True)
             os._exit(1)
 
 
-def first_to_fail():
-    """True for the first process that asks: of many that fail alike, or because another one did, only it speaks."""
+def is_first_failure():
+    """True for the first process that asks: of many that fail alike, or because another did, only one prints."""
     try:
         return store.add('failed', 1) == 1 if store else master
     except RuntimeError:  # the board is gone, with the process that had it
         return False
 
 
-def leave(status=None):
-    """sys.exit for one of many."""
-    raise SystemExit(1 if isinstance(status, str) and not first_to_fail() else status)
-
-
-def explain(kind, error, trace):
-    """sys.excepthook: one line for what is not a mistake in the program, one traceback for what is."""
+def describe(error):
+    """One line for an error that is not a bug: out of memory, or another process is gone. Any other: None."""
     text = str(error).strip().split('\n')[0]
-    if kind is KeyboardInterrupt or not first_to_fail():
-        pass
-    elif kind is torch.OutOfMemoryError or "can't allocate memory" in text:
-        print(f'out of memory on rank {rank}: halve batch_size (the step stays the same, but for a fixed '
-              'gradient_accumulation_steps), or try --activation_checkpointing=True, or --parallel=fsdp on several GPUs. '
-              f'{text}', file=sys.stderr)
-    elif dist.is_initialized() and (isinstance(error, dist.DistError) or 'gloo' in text.lower()
-                                    or 'Connection' in text):
-        print(f'rank {rank} lost the other processes, of which one must have died: {text}', file=sys.stderr)
-    else:
-        if dist.is_initialized():
-            print(f'on rank {rank}:', file=sys.stderr)
-        sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (f'out of memory on rank {rank}: halve batch_size (the step stays the same, unless '
+                'gradient_accumulation_steps is fixed), or try --activation_checkpointing=True, or --parallel=fsdp on '
+                f'several GPUs. {text}')
+    if not dist.is_initialized():
+        return None
+    if isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
+        return f'rank {rank} lost its connection to the other processes; one has probably died: {text}'
+    return None

@@ -9,9 +9,7 @@ One too large for a process is written by all: each puts its shards of the tenso
 safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
-import contextlib
 import itertools
-import json
 import os
 import pickle
 import shutil
@@ -28,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from data.tokenizer import TOKENIZERS
-from model import GPT, GPTConfig, with_vocab_rows
+from common import convert
+from data.errors import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, on its CPU
 NAME = 'ckpt.pt'  # in out_dir
@@ -45,7 +43,7 @@ def training_state(model, optimizers):
     if weights:  # tied weights were gathered one by one
         weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
     state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
-    return state if next(model.parameters()).is_cuda else copied(state, {})  # those of a GPU are copies already
+    return state if next(model.parameters()).is_cuda else clone_to_cpu(state, {})  # those of a GPU are copies already
 
 
 def sharded_state(model, optimizers, out_dir):
@@ -69,7 +67,7 @@ def optimizer_state(model, optimizers):
             parts = [get_optimizer_state_dict(model, optimizer, options=WHOLE)]
         else:  # each process has the state of some parameters
             parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(copied(get_optimizer_state_dict(model, optimizer.optim), {}), parts)
+            dist.gather_object(clone_to_cpu(get_optimizer_state_dict(model, optimizer.optim), {}), parts)
         if parts and parts[0]:
             for part in parts:
                 state |= part['state']
@@ -94,7 +92,7 @@ def set_optimizer_state(model, optimizers, state):
                                    'param_groups': groups})
 
 
-def copied(x, seen):
+def clone_to_cpu(x, seen):
     """A copy on the CPU of nested dictionaries and lists of tensors; a tensor that occurs twice is copied once."""
     if isinstance(x, torch.Tensor):
         key = x.data_ptr(), x.shape
@@ -102,8 +100,8 @@ def copied(x, seen):
             seen[key] = x.detach().to('cpu', copy=True)
         return seen[key]
     if isinstance(x, dict):
-        return {k: copied(v, seen) for k, v in x.items()}
-    return [copied(v, seen) for v in x] if isinstance(x, list) else x
+        return {k: clone_to_cpu(v, seen) for k, v in x.items()}
+    return [clone_to_cpu(v, seen) for v in x] if isinstance(x, list) else x
 
 
 def random_state(device):
@@ -162,11 +160,11 @@ def write(checkpoint, out_dir, best, keep):
             f.flush()
             os.fsync(f.fileno())
         if keep:
-            also_known_as(temporary, out_dir / f'ckpt_{step:06d}.pt')
+            link_atomically(temporary, out_dir / f'ckpt_{step:06d}.pt')
             for path in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=os.path.getmtime)[:-keep]:
                 path.unlink()
         if best:
-            also_known_as(temporary, out_dir / 'ckpt_best.pt')
+            link_atomically(temporary, out_dir / 'ckpt_best.pt')
         os.replace(temporary, out_dir / NAME)
         if 'shards' in checkpoint:
             remove_unused_shards(out_dir)
@@ -195,7 +193,7 @@ def remove_unused_shards(out_dir):
             shutil.rmtree(folder)
 
 
-def also_known_as(path, name):
+def link_atomically(path, name):
     """Give a file a further name, atomically, in no further space where the file system has links."""
     temporary = f'{name}.tmp'
     Path(temporary).unlink(missing_ok=True)
@@ -211,16 +209,16 @@ def also_known_as(path, name):
 def load(path, device='cpu'):
     """The checkpoint at path. Exits with one line if there is none or it cannot be read."""
     if not os.path.isfile(path):
-        sys.exit(f'no checkpoint {path}: train first, or set out_dir to the folder that has one')
-    peers = [(PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]  # nothing else is let in
+        raise UserError(f'no checkpoint {path}: train first, or set out_dir to the folder that has one')
+    peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]  # nothing else is let in
     try:
         with torch.serialization.safe_globals(peers):
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-        sys.exit(f'{path} is no checkpoint that can be read: {str(error).splitlines()[0]}')
+        raise UserError(f'{path} is no checkpoint that can be read: {str(error).splitlines()[0]}')
     if 'shards' in checkpoint:
         add_shards(checkpoint, Path(path).parent / checkpoint['shards'])
-    return checkpoint if 'tokenizer' in checkpoint else adopted(checkpoint, path)
+    return checkpoint if 'tokenizer' in checkpoint else convert.from_peer(checkpoint, path)
 
 
 def add_shards(checkpoint, folder):
@@ -232,7 +230,7 @@ def add_shards(checkpoint, folder):
         with warnings.catch_warnings(action='ignore'):  # that a process reads alone is as it should be
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:  # each of the layers below has its own
-        sys.exit(f'the shards {folder} cannot be read: {str(error).strip().splitlines()[0]}')
+        raise UserError(f'the shards {folder} cannot be read: {str(error).strip().splitlines()[0]}')
     for name, tensor in tensors.items():
         if name.startswith('model.'):
             checkpoint['model'][name.removeprefix('model.')] = tensor
@@ -243,35 +241,9 @@ def add_shards(checkpoint, folder):
         checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
 
 
-class PeerConfig:
-    """build-nanogpt pickles its GPTConfig: this takes its place, and its fields."""
-
-
-def adopted(checkpoint, path):
-    """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, of which only their
-    vocabulary's size tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
-    try:
-        fields = dict(checkpoint['model_args'] if 'model_args' in checkpoint else vars(checkpoint['config']))
-        weights = {k.removeprefix('_orig_mod.'): w for k, w in checkpoint['model'].items()  # compiled models' prefix
-                   if not k.endswith('.attn.bias')}  # the causal mask
-        tokenizer = 'gpt2' if fields['vocab_size'] == 50304 else tokenizer_of(fields['vocab_size'], path)  # padded
-        fields['vocab_size'] = TOKENIZERS[tokenizer].vocab_size
-        rows = GPTConfig(**fields).padded_vocab_size
-    except (KeyError, TypeError, AttributeError):
-        sys.exit(f'{path} holds no GPT')
-    return {'model': with_vocab_rows(weights, rows), 'model_args': fields, 'tokenizer': tokenizer}
-
-
-def tokenizer_of(vocab_size, where):
-    """The name of the tokenizer with so many ids, for weights that do not say."""
-    for name, tokenizer in TOKENIZERS.items():
-        if tokenizer.vocab_size == vocab_size:
-            return name
-    sys.exit(f'{where} has a vocabulary of {vocab_size} ids, and no tokenizer here has as many')
-
-
 def model_from(checkpoint, **overrides):
     """The GPT that a checkpoint holds, on the CPU. overrides: GPTConfig fields that change no weight."""
+    from model import GPT, GPTConfig
     model = GPT(GPTConfig(**checkpoint['model_args'] | overrides))
     model.load_state_dict(checkpoint['model'])
     return model
@@ -283,8 +255,9 @@ def pretrained(init_from, **overrides):
     if init_from.endswith('.pt'):
         checkpoint = load(init_from)
         return model_from(checkpoint, **overrides), checkpoint['tokenizer']
+    from model import GPT
     model = GPT.from_pretrained(init_from, **overrides)
-    return model, tokenizer_of(model.config.vocab_size, init_from)
+    return model, convert.tokenizer_of(model.config.vocab_size, init_from)
 
 
 def load_model(init_from, out_dir, device):
@@ -292,28 +265,3 @@ def load_model(init_from, out_dir, device):
     model, tokenizer = pretrained(os.path.join(out_dir, NAME) if init_from == 'resume' else init_from)
     return model.to(device).eval(), tokenizer
 
-# -----------------------------------------------------------------------------
-# the files of a run
-
-def set_aside(out_dir):
-    """Give what an earlier run left in out_dir other names, so that a new one overwrites nothing."""
-    earlier = [*Path(out_dir).glob('ckpt*.pt'), *Path(out_dir).glob('log.jsonl')]
-    if earlier:
-        n = next(n for n in itertools.count(1) if not any(Path(out_dir).glob(f'{n}.*')))
-        for path in earlier:
-            path.rename(path.with_name(f'{n}.{path.name}'))
-        print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
-
-
-def rewind_log(path, step):
-    """Drop from the log what a run that resumes at step will do, and log, again."""
-    if os.path.exists(path):
-        entries = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
-                    entries.append(json.loads(line))
-        with open(f'{path}.tmp', 'w') as f:
-            f.writelines(json.dumps(entry) + '\n' for entry in entries
-                         if entry['step'] < step or entry['step'] == step and 'loss' in entry)
-        os.replace(f'{path}.tmp', path)

@@ -10,18 +10,18 @@ three families. In transformers they are
 """
 
 import json
-import math
 import os
-import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data.tokenizer import END_OF_TEXT, get_tokenizer
+from data.errors import UserError
+from data.tokenizer import TOKENIZERS, get_tokenizer, tokenizer_files
 
 # what GPTConfig has where transformers has the family
 FAMILIES = {
@@ -65,17 +65,21 @@ def find(name, file, optional=False):
     if os.path.isdir(name):
         if os.path.isfile(os.path.join(name, file)):
             return os.path.join(name, file)
-        return None if optional else sys.exit(f'{name} holds no {file}: a folder written by save_pretrained does')
+        if optional:
+            return None
+        raise UserError(f'{name} holds no {file}: a folder written by save_pretrained does')
     try:
         return hf_hub_download(name, file)
     except HFValidationError:
-        sys.exit(f'there is no folder {name}, and it is no name of a model on the Hugging Face hub')
+        raise UserError(f'there is no folder {name}, and it is no name of a model on the Hugging Face hub')
     except LocalEntryNotFoundError:
-        sys.exit(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be reached')
+        raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be reached')
     except EntryNotFoundError:
-        return None if optional else sys.exit(f'{name} on the Hugging Face hub holds no {file}')
+        if optional:
+            return None
+        raise UserError(f'{name} on the Hugging Face hub holds no {file}') from None
     except (HfHubHTTPError, OSError) as error:
-        sys.exit(f'{name}: could not download {file} from the Hugging Face hub: {str(error).splitlines()[0]}')
+        raise UserError(f'{name}: could not download {file} from the Hugging Face hub: {str(error).splitlines()[0]}')
 
 
 def load(name):
@@ -84,15 +88,15 @@ def load(name):
         try:
             hf = json.load(f)
         except ValueError as error:
-            sys.exit(f'{f.name} is no JSON: {error}')
+            raise UserError(f'{f.name} is no JSON: {error}')
     family = hf.get('model_type')
     if family not in FAMILIES:
-        sys.exit(f'{name}: model_type={family!r} cannot be read, only {", ".join(FAMILIES)}')
+        raise UserError(f'{name}: model_type={family!r} cannot be read, only {", ".join(FAMILIES)}')
     rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # the newer and the older way to write it
     hf['rope_scaling'] = None if rope.get('rope_type', rope.get('type', 'default')) == 'default' else rope
     for field, known in ONLY[family].items():
         if hf.get(field, known[0]) not in known:
-            sys.exit(f'{name}: {field}={hf[field]!r} has no counterpart in GPTConfig, only {known[0]!r}')
+            raise UserError(f'{name}: {field}={hf[field]!r} has no counterpart in GPTConfig, only {known[0]!r}')
     files = [find(name, 'model.safetensors', optional=True)]
     if not files[0]:  # larger models come in parts
         with open(find(name, 'model.safetensors.index.json')) as f:
@@ -101,10 +105,10 @@ def load(name):
         theirs = {key: w.float() for file in files for key, w in load_file(file).items()}
         fields, weights = from_gpt2(hf, theirs) if family == 'gpt2' else from_llama(name, hf, theirs, rope)
     except (SafetensorError, KeyError) as error:
-        sys.exit(f'{name}: the weights are damaged or incomplete: {error}')
+        raise UserError(f'{name}: the weights are damaged or incomplete: {error}')
     if len(weights['transformer.wte.weight']) != fields['vocab_size']:
-        sys.exit(f'{name}: vocab_size={fields["vocab_size"]}, but its weights have '
-                 f'{len(weights["transformer.wte.weight"])} rows')
+        raise UserError(f'{name}: vocab_size={fields["vocab_size"]}, but its weights have '
+                        f'{len(weights["transformer.wte.weight"])} rows')
     return fields | FAMILIES[family] | dict(bias=fields['bias']), weights
 
 
@@ -131,8 +135,8 @@ def from_llama(name, hf, theirs, rope):
                   tie_embeddings=hf.get('tie_word_embeddings', False))
     head_size = hf.get('head_dim') or fields['n_embd'] // fields['n_head']
     if head_size * fields['n_head'] != fields['n_embd']:
-        sys.exit(f'{name}: head_dim={head_size} has no counterpart in GPTConfig, only '
-                 f'hidden_size / num_attention_heads = {fields["n_embd"] / fields["n_head"]:g}')
+        raise UserError(f'{name}: head_dim={head_size} has no counterpart in GPTConfig, only '
+                        f'hidden_size / num_attention_heads = {fields["n_embd"] / fields["n_head"]:g}')
     if fields['tie_embeddings']:
         theirs['lm_head.weight'] = theirs['model.embed_tokens.weight']
     weights = {ours: torch.cat([theirs[key] for key in keys]) for ours, keys in llama_names(fields['n_layer']).items()
@@ -152,11 +156,11 @@ def save(folder, fields, state_dict, tokenizer):
     for field, value in FAMILIES[family].items():
         value = fields['n_head'] if field == 'n_kv_head' else value
         if fields[field] != value:
-            sys.exit(f'transformers has no class for {field}={fields[field]!r}: with position={fields["position"]!r} '
-                     f'its {CLASSES[family]} comes nearest, and that has {field}={value!r}')
+            raise UserError(f'transformers has no class for {field}={fields[field]!r}: with position={fields["position"]!r} '
+                            f'its {CLASSES[family]} comes nearest, and that has {field}={value!r}')
     tokenizer = get_tokenizer(tokenizer)
     if tokenizer.vocab_size != fields['vocab_size']:
-        sys.exit(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {fields["vocab_size"]}')
+        raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {fields["vocab_size"]}')
     config = dict(model_type=family, architectures=[CLASSES[family]], vocab_size=fields['vocab_size'],
                   bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
                   tie_word_embeddings=fields['tie_embeddings'], dtype='float32')
@@ -200,43 +204,37 @@ def to_llama(fields, state_dict):
     return config, weights
 
 # -----------------------------------------------------------------------------
-# tokenizers
+# peers' checkpoints
 
-def tokenizer_files(tokenizer, block_size):
-    """The content of tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer makes a
-    tokenizer with our ids. As usual there, and unlike here, '<|endoftext|>' in a text is the end-of-text id."""
-    ranks = {bytes([i]): i for i in range(256)}
-    if tokenizer.name == 'gpt2':
-        ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
-    special = dict(content=END_OF_TEXT, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    vocab = {printable(token): i for token, i in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
-    pieces = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's splits
-    bpe = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
-               fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[[printable(p) for p in m] for m in merges(ranks)])
-    return {'tokenizer.json': dict(version='1.0', truncation=None, padding=None, normalizer=None, pre_tokenizer=pieces,
-                                   added_tokens=[dict(id=tokenizer.eot) | special], post_processor=None,
-                                   decoder=pieces, model=bpe),
-            'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
-                                          bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
-                                          clean_up_tokenization_spaces=False)}
+class PeerConfig:
+    """build-nanogpt pickles its GPTConfig: this takes its place, and its fields."""
 
 
-def printable(token):
-    """A token's bytes as GPT-2's files write them: a visible character for each byte."""
-    return ''.join(VISIBLE[byte] for byte in token)
+def from_peer(checkpoint, path):
+    """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, of which only their
+    vocabulary's size tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
+    from model import GPTConfig
+    try:
+        fields = dict(checkpoint['model_args'] if 'model_args' in checkpoint else vars(checkpoint['config']))
+        weights = {k.removeprefix('_orig_mod.'): w for k, w in checkpoint['model'].items()  # compiled models' prefix
+                   if not k.endswith('.attn.bias')}  # the causal mask
+        tokenizer = 'gpt2' if fields['vocab_size'] == 50304 else tokenizer_of(fields['vocab_size'], path)  # padded
+        fields['vocab_size'] = TOKENIZERS[tokenizer].vocab_size
+        rows = GPTConfig(**fields).padded_vocab_size
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{path} holds no GPT')
+    return {'model': pad_vocab(weights, rows), 'model_args': fields, 'tokenizer': tokenizer}
 
 
-VISIBLE = [chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b else None for b in range(256)]
-unseen = iter(range(256, 512))
-VISIBLE = [c or chr(next(unseen)) for c in VISIBLE]  # the others, in order, are the characters from 256 on
+def tokenizer_of(vocab_size, where):
+    """The name of the tokenizer with so many ids, for weights that do not say."""
+    for name, tokenizer in TOKENIZERS.items():
+        if tokenizer.vocab_size == vocab_size:
+            return name
+    raise UserError(f'{where} has a vocabulary of {vocab_size} ids, and no tokenizer here has as many')
 
 
-def merges(ranks):
-    """The two parts that each longer token was merged from: what byte pair encoding makes of its bytes when the
-    token itself is the only one left to merge."""
-    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        yield parts
+def pad_vocab(state_dict, rows):
+    """state_dict with its two (V, C) matrices padded with zeros, or cut, to that many rows."""
+    vocab = ('transformer.wte.weight', 'lm_head.weight')
+    return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in vocab else w for k, w in state_dict.items()}

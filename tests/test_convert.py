@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import SHARED, needs_gpt2, run
+from data.errors import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -105,14 +106,14 @@ def test_the_hubs_gpt2_has_no_prefix_and_carries_masks(tmp_path):
     (dict(qk_norm=True), 'qk_norm=True'),
 ])
 def test_ours_without_a_counterpart_name_the_field(settings, words, tmp_path):
-    with pytest.raises(SystemExit, match=f'transformers has no class for {words}: '):
+    with pytest.raises(UserError, match=f'transformers has no class for {words}: '):
         GPT(GPTConfig(**TINY | settings)).save_pretrained(tmp_path / 'new', 'bytes')
     assert not (tmp_path / 'new').exists()
 
 
 @needs_gpt2
 def test_the_wrong_tokenizer(tmp_path):
-    with pytest.raises(SystemExit, match='the tokenizer gpt2 has 50257 ids, the model 257'):
+    with pytest.raises(UserError, match='the tokenizer gpt2 has 50257 ids, the model 257'):
         GPT(GPTConfig(**TINY)).save_pretrained(tmp_path)
 
 
@@ -133,20 +134,20 @@ def test_theirs_without_a_counterpart_name_the_field(family, change, words, tmp_
     transformers.AutoModelForCausalLM.from_config(THEIRS[family]()).save_pretrained(tmp_path)
     file = tmp_path / 'config.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(SystemExit, match=words) as exit:
+    with pytest.raises(UserError, match=words) as exit:
         GPT.from_pretrained(str(tmp_path))
     assert '\n' not in str(exit.value)
 
 
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(SystemExit, match='holds no config.json'):
+    with pytest.raises(UserError, match='holds no config.json'):
         GPT.from_pretrained(str(tmp_path))
     GPT(GPTConfig(**TINY)).save_pretrained(tmp_path, 'bytes')
     (tmp_path / 'model.safetensors').write_bytes(b'damaged')
-    with pytest.raises(SystemExit, match='damaged'):
+    with pytest.raises(UserError, match='damaged'):
         GPT.from_pretrained(str(tmp_path))
     (tmp_path / 'config.json').write_text('{')
-    with pytest.raises(SystemExit, match='config.json is no JSON'):
+    with pytest.raises(UserError, match='config.json is no JSON'):
         GPT.from_pretrained(str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from device import pick_dtype
+from common.device import pick_dtype
 
 
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, sharded=False):

@@ -1,0 +1,31 @@
+"""log.jsonl: one JSON object a line, appended while a run trains; archived by the next run, rewound by a resume."""
+
+import contextlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+
+def archive_previous_run(out_dir):
+    """Give what an earlier run left in out_dir other names, so that a new one overwrites nothing."""
+    earlier = [*Path(out_dir).glob('ckpt*.pt'), *Path(out_dir).glob('log.jsonl')]
+    if earlier:
+        n = next(n for n in itertools.count(1) if not any(Path(out_dir).glob(f'{n}.*')))
+        for path in earlier:
+            path.rename(path.with_name(f'{n}.{path.name}'))
+        print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
+
+
+def rewind(path, step):
+    """Drop from the log what a run that resumes at step will do, and log, again."""
+    if os.path.exists(path):
+        entries = []
+        with open(path) as f:
+            for line in f:
+                with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
+                    entries.append(json.loads(line))
+        with open(f'{path}.tmp', 'w') as f:
+            f.writelines(json.dumps(entry) + '\n' for entry in entries
+                         if entry['step'] < step or entry['step'] == step and 'loss' in entry)
+        os.replace(f'{path}.tmp', path)
