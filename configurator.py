@@ -28,10 +28,12 @@ from data.errors import UserError
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'}
 
-def configure(script, base=''):
+def configure(script, base='', positional=None):
     """Override the settings among `script`, a script's globals(), by sys.argv[1:]; returns {name: value}.
 
     base: a script beside this one whose settings are accepted and returned too (plan.py takes train.py's).
+    positional: a list that collects the arguments that are not --name=value, for a script that
+        takes other things than settings files (plot.py: folders).
 
     A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
     True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file.
@@ -39,18 +41,25 @@ def configure(script, base=''):
     sys.excepthook = excepthook
     own = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
-        sys.exit(print_help(script, own, base))
+        sys.exit(print_help(script, own, base, '[FILE.py ...]' if positional is None else 'ARGUMENT ...'))
     defaults = (settings_of(os.path.join(os.path.dirname(script['__file__']), base)) if base else {}) | own
+    config = override(defaults, sys.argv[1:], positional)
+    script.update({name: config[name] for name in own})
+    return config
+
+def override(defaults, arguments, positional=None):
+    """{name: value}: the defaults, with files and --name=value applied in order; see configure()."""
     config = dict(defaults)
-    for arg in sys.argv[1:]:
+    for arg in arguments:
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg.startswith('--'):
             config[key] = checked(arg, key, parse(text, defaults.get(key)) if equals else True, defaults)
+        elif positional is not None:
+            positional.append(arg)
         elif arg.endswith('.py'):
             config.update(run_file(arg, config, defaults))
         else:
             raise UsageError(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
-    script.update({name: config[name] for name in own})
     return config
 
 def settings_of(file):
@@ -128,12 +137,12 @@ def excepthook(kind, error, trace):
             sys.__excepthook__(kind, error, trace)
     raise SystemExit(130 if kind is KeyboardInterrupt else getattr(error, 'status', 1))
 
-def print_help(script, defaults, base):
+def print_help(script, defaults, base, operands):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""
     with tokenize.open(script['__file__']) as f:
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
     print((script['__doc__'] or '').strip())
-    print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    print(f'\nusage: python {sys.argv[0]} {operands} [--setting=value ...]')
     if base:
         print(f'with the settings of {base} (`python {base} --help`), and')
     nodes = dict(reversed(assignments(script['__file__'])))  # a script may assign a setting again, further down
