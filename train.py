@@ -366,7 +366,8 @@ n_params = model.get_num_params()
 print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
        f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
 if not eval_only:
-    write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params})
+    write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
+               'data': train_data.state_dict()})
 
 tracer = None
 if profile and distributed.master:
