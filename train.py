@@ -281,6 +281,17 @@ def due(interval):
     return interval > 0 and (step % interval == 0 or step == max_iters or eval_only)
 
 
+def get_hellaswag():
+    """The items to score; none, and a line that says so, if they were not asked for and can't be downloaded."""
+    try:
+        return hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+    except UserError as error:
+        if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
+            raise
+        print0(f'HellaSwag is not scored: {error}; --hellaswag_interval=0 turns it off')
+        return []
+
+
 def evaluate():
     """Score the model, print the scores and return them for the log. Raises Stopped after a signal."""
     result, parts, began = {'step': step}, [f'step {step}/{max_iters}'], time.perf_counter()
@@ -353,7 +364,7 @@ if distributed.master and not eval_only:
         log.rewind(log_path, step)
     else:
         log.archive_previous_run(out_dir)
-items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+items = get_hellaswag()
 if wandb_log and distributed.master:
     try:
         import wandb

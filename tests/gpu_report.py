@@ -33,21 +33,13 @@ import numpy as np
 import torch
 
 import hellaswag
+from common.device import autocast, peak_flops, synchronize
+from common.generate import cast_linears
+from common.optimizers import configure_optimizers
 from configurator import configure
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
-
-def find(name):
-    try:
-        return importlib.import_module(f'common.{name}')
-    except ModuleNotFoundError:
-        return importlib.import_module(name)
-
-
-autocast, keep_products_in, peak_flops, synchronize = (
-    getattr(find('device'), name) for name in ('autocast', 'keep_products_in', 'peak_flops', 'synchronize'))
-configure_optimizers = find('optimizers').configure_optimizers
 
 section = 'machine'
 device = 'cuda'
@@ -226,7 +218,8 @@ def log_of(out_dir):
 
 
 SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch_size=4', '--learning_rate=2e-3',
-         '--warmup_iters=2', f'--device={device}', '--eval_iters=2', *(['--compile=False'] if toy else [])]
+         "--warmup_iters=2", f"--device={device}", "--eval_iters=2", "--hellaswag_interval=0",
+         "--sample_interval=0", *(['--compile=False'] if toy else [])]
 
 
 def train(folder, name, *options, processes=0):
@@ -462,7 +455,7 @@ def generate():
     print('Tokens/s of sampling (top_k=50) from GPT-2 124M with random weights, bfloat16; the better of two.')
     header('model', 'batch', 'prompt', 'new tokens', 'tokens/s', 'ms a token')
     models = {'ours': our_model(GPT2)} | ({'nanoGPT': peer_model(nanogpt)} if nanogpt else {})
-    keep_products_in('bfloat16', models['ours'])
+    cast_linears('bfloat16', models['ours'])
     limit = SIZE.get('block_size', 1024)
     new = limit // 8 if quick or toy else 200
     for batch in (1, 16):
