@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -411,11 +411,10 @@ class GPT(nn.Module):
             raise UserError(f'{name}: {" ".join(str(error).split())[:200]}')
         return model
 
-    def save_pretrained(self, folder, tokenizer='gpt2'):
-        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open, float32. tokenizer: its name.
-        Exits with one line that names the GPTConfig field that transformers has no class for."""
+    def save_pretrained(self, folder, tokenizer='gpt2', dtype='float32'):
+        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open. tokenizer: its name; dtype:
+        'float32', 'bfloat16' or 'float16'. Raises UserError if it holds a model already, or if transformers has no
+        class for this one."""
         from common import convert
         state_dict = convert.pad_vocab(self.state_dict(), self.config.vocab_size)
-        convert.save(folder, asdict(self.config), state_dict, tokenizer)
-
-
+        convert.save(folder, self.config, state_dict, tokenizer, dtype)
