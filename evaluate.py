@@ -59,8 +59,8 @@ def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dt
             idx[row, :end - begin - 1] = window[:-1]
             targets[row, first - begin - 1:end - begin - 1] = window[first - begin:]
         with autocast(dtype, device):
-            _, loss = model(idx.to(device), targets.to(device), return_logits=False, reduction='none')
-        total += loss.cpu().double().sum().item()
+            losses = model.token_losses(idx.to(device), targets.to(device))  # (B, T)
+        total += losses.cpu().double().sum().item()
     return total
 
 

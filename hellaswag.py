@@ -127,9 +127,9 @@ def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_token
             idx, targets, positions, segments = torch.from_numpy(batch).to(device)  # (B, T) each
             own = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
             mask = (own | (segments == 0)[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-            _, loss = model(idx, targets, positions=positions, mask=mask, reduction='none', return_logits=False)
+            token_losses = model.token_losses(idx, targets, positions, mask)  # (B, T)
             sums = torch.zeros(len(idx), 6, dtype=torch.float64)
-            sums.scatter_add_(1, segments.cpu(), loss.cpu().double())
+            sums.scatter_add_(1, segments.cpu(), token_losses.cpu().double())
             losses[share] = sums[:len(share), 1:5]
             bar.update(len(group))
     bar.close()

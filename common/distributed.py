@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -134,11 +134,15 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
             if dtype != 'float32':
                 fully_shard([block.ln_1, block.ln_2], **how)
             fully_shard(block, **how, mp_policy=half if dtype != 'float32' else MixedPrecisionPolicy())
-        return fully_shard(model, **how)
+        fully_shard(model, **how)
+        for method in 'generate', 'token_losses':  # called beside forward
+            register_fsdp_forward_method(model, method)
+        return model
     model.to(device)
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
+                                   broadcast_buffers=False,  # tables, the same everywhere
                                    gradient_as_bucket_view=True)  # else gradients take their memory twice
 
 

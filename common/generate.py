@@ -45,8 +45,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         if empty is not None:  # a window that slides loses its empty columns first
             positions, mask = left_padded((empty - (T + i - S)).clamp(min=0), S, new.size(1))
         with cpu_vector_kernels(new.numel() == 1 and device.type == 'cpu'):
-            logits, _ = model(new, positions=positions, mask=mask, cache=cache)
-        logits = penalize(logits[:, -1].float(), idx, repetition_penalty)  # (B, V)
+            x = model.hidden(new, positions, mask, cache)[:, -1]  # (B, C)
+            logits = penalize(model.head(x).float(), idx, repetition_penalty)  # (B, V)
         if temperature == 0:
             new = logits.argmax(dim=-1, keepdim=True)
         else:

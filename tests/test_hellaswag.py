@@ -112,7 +112,7 @@ def test_batches_change_nothing(items):
     """Sizes of batches, from one row to all of them; rows stay under the budget; the items' order is kept."""
     model, tokenizer = small_gpt(), get_tokenizer('bytes')
     sizes = []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
     one = hellaswag.evaluate(model, tokenizer, items[:40], batch_tokens=1)
     assert len(sizes) == 40
     sizes.clear()
@@ -138,7 +138,7 @@ from data.tokenizer import get_tokenizer
 from test_hellaswag import small_gpt
 dist.init_process_group('gloo')
 model, passes = small_gpt(), []
-model.register_forward_pre_hook(lambda module, args: passes.append(1))
+model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
 items = hellaswag.load_items(sys.argv[1])
 result = hellaswag.evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
 torch.save(result | {'passes': len(passes)}, f'{sys.argv[2]}/{dist.get_rank()}.pt')

@@ -191,10 +191,10 @@ def test_padding_is_never_scored_or_sampled():
 def test_targets_of_minus_one_are_not_scored():
     model, (x, y) = tiny(), batch()
     some = y.where(torch.rand(y.shape, generator=torch.Generator().manual_seed(2)) < 0.5, -1)
-    every = model(x, y, reduction='none')[1]  # (B, T)
+    every = model.token_losses(x, y)  # (B, T)
     assert every.mean().item() == pytest.approx(model(x, y)[1].item(), abs=1e-5)
-    logits, each = model(x, some, reduction='none')
-    assert logits is None and (each[some == -1] == 0).all()
+    each = model.token_losses(x, some)
+    assert (each[some == -1] == 0).all()
     torch.testing.assert_close(each[some != -1], every[some != -1])
     assert model(x, some)[1].item() == pytest.approx(every[some != -1].mean().item(), abs=1e-5)
     assert model(x, some, return_logits=False)[0] is None
