@@ -252,9 +252,9 @@ def evaluate():
                         for name, drawn in result['drawn'].items())
     if due(hellaswag_interval):
         with torch.compiler.set_stance('force_eager'):
-            scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+            scores = hellaswag.evaluate(model, rows, device=device, dtype=dtype)
         result['hellaswag'] = scores['acc_norm']
-        line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(items)})'
+        line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(rows)})'
     print0(f'{line} | {time.perf_counter() - began:.1f} s')
     if due(sample_interval):
         sample()
@@ -314,7 +314,8 @@ if distributed.master and not eval_only:
         log.rewind(log_path, step)
     else:
         log.archive_previous_run(out_dir)
-items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+if hellaswag_interval:
+    rows = hellaswag.prepare(hellaswag.load_items(hellaswag_data, hellaswag_limit), tokenizer, model.config.block_size)
 if wandb_log and distributed.master:
     try:
         import wandb

@@ -173,6 +173,23 @@ def all_sum(*values, device):
     return total.tolist()
 
 
+def all_reduce(x, device):
+    """The tensor x summed over all processes, on the device on which it is."""
+    if not dist.is_initialized():
+        return x
+    record_progress()
+    total = x.to(device)
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def first_then_all(fn):
+    """fn() by one process of each machine first, then by its others, for what the first one leaves there: a file."""
+    result = fn() if local_rank == 0 else None
+    all_gather(None)
+    return fn() if local_rank else result
+
+
 def all_gather(value):
     """What each process has, as a list, on all of them."""
     if not dist.is_initialized():
