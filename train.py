@@ -282,9 +282,10 @@ def due(interval):
 
 
 def get_hellaswag():
-    """The items to score; none, and a line that says so, if they were not asked for and can't be downloaded."""
+    """HellaSwag's items, tokenized; none, and a line that says so, if they were not asked for and can't be downloaded."""
     try:
-        return hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+        items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+        return hellaswag.prepare(items, tokenizer, model.config.block_size)
     except UserError as error:
         if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
             raise
@@ -305,11 +306,11 @@ def evaluate():
             result |= {'val_losses': losses, 'drawn': train_data.stats()}
             parts += [f'{name} {losses[name]:.4f}, {drawn["share"]:.1%} of the blocks, {drawn["epochs"]:.2f} epochs'
                       for name, drawn in result['drawn'].items()]
-    if items and due(hellaswag_interval):
+    if rows and due(hellaswag_interval):
         with torch.compiler.set_stance('force_eager'):
-            scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+            scores = hellaswag.evaluate(model, rows, device=device, dtype=dtype)
         result['hellaswag'] = scores['acc_norm']
-        parts.append(f'hellaswag {scores["acc_norm"]:.4f} (of {len(items)})')
+        parts.append(f'hellaswag {scores["acc_norm"]:.4f} (of {len(rows)})')
     result['eval_s'] = time.perf_counter() - began
     if len(parts) > 1:
         print0(' | '.join(parts + [f'{result["eval_s"]:.1f} s']))
@@ -364,7 +365,7 @@ if distributed.master and not eval_only:
         log.rewind(log_path, step)
     else:
         log.archive_previous_run(out_dir)
-items = get_hellaswag()
+rows = get_hellaswag()
 if wandb_log and distributed.master:
     try:
         import wandb

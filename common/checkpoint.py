@@ -262,6 +262,11 @@ def pretrained(init_from, **overrides):
 
 def load_model(init_from, out_dir, device):
     """(model, name of its tokenizer) for sampling and evaluation: 'resume' is out_dir/ckpt.pt, else as pretrained."""
+    if init_from in ('scratch', 'auto'):
+        raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
     model, tokenizer = pretrained(os.path.join(out_dir, NAME) if init_from == 'resume' else init_from)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f'{init_from}: the weights {name} are not finite')
     return model.to(device).eval(), tokenizer
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -135,11 +135,15 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
             if dtype != 'float32':
                 fully_shard([block.ln_1, block.ln_2], **how)
             fully_shard(block, **how, mp_policy=half if dtype != 'float32' else MixedPrecisionPolicy())
-        return fully_shard(model, **how)
+        fully_shard(model, **how)
+        for method in 'generate', 'token_losses':  # called beside forward
+            register_fsdp_forward_method(model, method)
+        return model
     model.to(device)
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
+                                   broadcast_buffers=False,  # tables, the same everywhere
                                    gradient_as_bucket_view=True)  # else gradients take their memory twice
 
 
@@ -168,6 +172,23 @@ def all_sum(*values, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def all_reduce(x, device):
+    """The tensor x summed over all processes, on the device on which it is."""
+    if not dist.is_initialized():
+        return x
+    record_progress()
+    total = x.to(device)
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def first_then_all(fn):
+    """fn() by one process of each machine first, then by its others, for what the first one leaves there: a file."""
+    result = fn() if local_rank == 0 else None
+    all_gather(None)
+    return fn() if local_rank else result
 
 
 def all_gather(value):
