@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+from common import distributed
 from common.checkpoint import load_model
 from configurator import UserError, configure
 from data.download import download, write
@@ -108,7 +108,7 @@ def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_token
     their standard errors acc_stderr and acc_norm_stderr, and in the items' order losses, (N, 4) float64, each
     ending's summed loss in nats, and lengths, (N, 4) int64, its tokens.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
     rows = [pack(item, tokenizer, model.config.block_size) for item in items]
     order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # the longest first, so that memory fails at once
@@ -134,9 +134,7 @@ def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_token
             bar.update(len(group))
     bar.close()
     if world_size > 1:
-        everyone = losses.to(device)  # each process has zeros where the others have losses
-        dist.all_reduce(everyone)
-        losses = everyone.cpu()
+        losses = distributed.all_reduce_tensor(losses.to(device)).cpu()  # zeros where other processes have losses
     lengths = torch.tensor([np.bincount(row[3], minlength=5)[1:].tolist() for row in rows])
     labels = torch.tensor([item['label'] for item in items])
     result = {'losses': losses, 'lengths': lengths}

@@ -75,11 +75,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).type_as(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the precision of its input, its gain and its bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).type_as(x)
+
+
 def norm(config):
     """The normalisation that config asks for, over the channels."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 def rotate(x, rope):

@@ -11,7 +11,6 @@ A setting is overridden by a file of assignments or by --name=value, the last on
 import json
 import math
 import os
-import signal
 import statistics
 import sys
 import time
@@ -103,7 +102,7 @@ profile = False  # write what the device does in steps 5 to 7 to out_dir/trace.j
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
-device = distributed.init(device, backend, dist_timeout)
+device = distributed.init(device, backend, dist_timeout, cpu_tensors=cpu_offload)
 for name, known in ('lr_schedule', ('cosine', 'linear', 'wsd')), ('parallel', ('ddp', 'zero1', 'fsdp')):
     if config[name] not in known:
         raise UserError(f'{name}={config[name]} is not one of {", ".join(known)}')
@@ -182,17 +181,14 @@ if block_size > model.config.block_size:
 model.activation_checkpointing = activation_checkpointing
 
 compiled = pick_compile(compile, device)
-if compiled:
-    model.compile()
-train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload)
+train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
 try:
-    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2),
-                                      sharded=parallel == 'zero1')
+    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 except ValueError as error:
     raise UserError(error) from None
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 if resumed:
-    checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
+    distributed.set_optimizer_state(model, optimizers, resumed['optimizer'])
     if resumed['scaler']:  # else it ran without one
         scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
@@ -276,7 +272,7 @@ def write_log(entry):
 def save(best=False):
     """Write what a resume needs to go on as if nothing had happened; in the background, once it is copied."""
     state = (checkpoint.sharded_state(model, optimizers, out_dir) if sharded_checkpoints
-             else checkpoint.training_state(model, optimizers))
+             else distributed.training_state(model, optimizers))
     state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped, 'norms': list(norms)}
@@ -289,22 +285,7 @@ def is_spike(norm):
             and norm > statistics.fmean(norms) + skip_spikes * statistics.stdev(norms))
 
 
-stop_signal = asked = 0
-
-
-def request_stop(number, frame):
-    global stop_signal, asked
-    if stop_signal:
-        if time.monotonic() - asked > 2:  # sooner it is torchrun, that passes on what the terminal told all
-            sys.exit(128 + number)
-        return
-    stop_signal, asked = number, time.monotonic()
-    print0(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
-
-
-signal.signal(signal.SIGINT, request_stop)
-signal.signal(signal.SIGTERM, request_stop)
-
+distributed.stop_on_signals()
 if distributed.master and not eval_only:
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -314,7 +295,7 @@ if distributed.master and not eval_only:
         log.rewind(log_path, step)
     else:
         log.archive_previous_run(out_dir)
-items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+items = distributed.first_then_all(lambda: hellaswag.load_items(hellaswag_data, hellaswag_limit)) if hellaswag_interval else []
 if wandb_log and distributed.master:
     try:
         import wandb
@@ -370,7 +351,7 @@ while True:
     grad_norm = distributed.clip_grad_norm(model, grad_clip)
     # the one moment at which the host waits for the device: what all processes have to say of this step
     train_loss, grad_norm, stops = distributed.all_sum(train_loss / distributed.world_size, grad_norm / distributed.world_size,
-                                               stop_signal > 0, device=device)
+                                               distributed.stop_requested() > 0, device=device)
     good = math.isfinite(train_loss) and math.isfinite(grad_norm) and not is_spike(grad_norm)
     for opt in optimizers:
         if good:
@@ -405,6 +386,7 @@ while True:
             print0(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
         break
 
-if not checkpoint.wait():
-    sys.exit(1)
+saved = checkpoint.wait()
 distributed.shutdown()
+if not saved:
+    sys.exit(1)
