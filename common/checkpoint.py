@@ -331,6 +331,7 @@ def check_entries(checkpoint, path, resume):
     is_a(list, 'random', 'norms')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
+    expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
     is_a(numbers.Real, 'best_val_loss')
     expect(all(isinstance(norm, float) for norm in checkpoint['norms']), 'norms', 'a list of floats')
     expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())

@@ -48,7 +48,7 @@ class Log:
         self.file = open(self.path, 'ab', buffering=0)
         with contextlib.suppress(OSError), open(self.path, 'rb') as f:
             f.seek(-1, os.SEEK_END)
-            if f.read() != b'\n':  # half a line, by a kill or a full disk
+            if f.read(1) != b'\n':  # half a line, by a kill or a full disk
                 self.file.write(b'\n')
 
     def is_in_place(self):

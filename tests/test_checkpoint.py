@@ -198,7 +198,7 @@ def test_flipped_bits_do_not_load_as_other_values(state, tmp_path):
     write(state, tmp_path)
     path, dice = tmp_path / 'ckpt.pt', random.Random(0)
     whole, right, found = path.read_bytes(), checkpoint.load(path), 0
-    for _ in range(100):
+    for _ in range(60):
         data, bit = bytearray(whole), dice.randrange(8 * len(whole))
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -209,7 +209,7 @@ def test_flipped_bits_do_not_load_as_other_values(state, tmp_path):
         else:  # in the padding between the entries
             assert all(torch.equal(w, loaded['model'][name]) for name, w in right['model'].items())
             assert loaded['config'] == right['config']
-    assert found > 50
+    assert found > 30
 
 
 def test_foreign_zip_files_and_objects_are_refused(tmp_path):
@@ -231,7 +231,8 @@ def test_weights_that_are_not_finite_are_named(state, tmp_path):
     ('model_args', 'a', 'model_args is not of type dict'), ('iter_num', 'a', 'iter_num is not of type int'),
     ('iter_num', -1, 'iter_num is not a step'), ('optimizer', None, 'has no optimizer'),
     ('optimizer', {}, 'optimizer is not of the form'), ('random', [{}], 'random is not a list of random number'),
-    ('data', {'a': 1}, 'data is not a position'), ('norms', ['a'], 'norms is not a list'), ('shards', '../../x', 'shards is not the'),
+    ('data', {'a': 1}, 'data is not a position'), ('norms', ['a'], 'norms is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
+    ('shards', '../../x', 'shards is not the'),
     ('shards', '/tmp', 'shards is not the'), ('shards', 3, 'shards is not the'), ('best_val_loss', 'a', 'best_val_loss is not of')])
 def test_an_entry_that_is_missing_or_of_another_type_is_named(state, tmp_path, entry, value, why):
     bad = {k: v for k, v in (state | {entry: value}).items() if v is not None}
@@ -341,7 +342,7 @@ def use(path):
     return True
 
 
-CASES = int(os.environ.get('FUZZ', 200))
+CASES = int(os.environ.get('FUZZ', 150))
 
 
 def test_mutated_entries_end_in_a_user_error_or_work(state, tmp_path):
