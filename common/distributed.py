@@ -339,6 +339,13 @@ def save_shards(tensors, folder):
         raise OSError(str(next(iter(error.failures.values()))[0])) from None
 
 
+def gather_from_writers(value):
+    """What each process has, as a list, on all of them; from the threads that write shards."""
+    values = [None] * world_size
+    dist.all_gather_object(values, value, group=writers)
+    return values
+
+
 def load_shards(folder):
     """{name: whole tensor} of a folder that save_shards wrote. One process is enough."""
     import torch.distributed.checkpoint as dcp
