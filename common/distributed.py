@@ -60,8 +60,10 @@ def init(device, backend='auto', timeout=600):
     except ValueError as error:  # RANK alone
         raise UserError(f'RANK is set, but not what else torchrun sets: {error}')
     store = private_store(board, timeout)
+    hook = sys.excepthook
     dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=2 * timeout + 60))  # the watchdog speaks first, and plainer
+    sys.excepthook = hook  # init_process_group wraps it, to put the rank before each line
     threading.Thread(target=watchdog, args=(timeout,), daemon=True).start()
     return device
 
