@@ -19,9 +19,11 @@ from data.errors import UserError
 from data.tokenizer import merges
 
 # the GPTConfig fields that page.html computes with, and the values it knows where they are words
-FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias', 'n_kv_head', 'position', 'rope_theta',
-          'norm', 'norm_eps', 'qk_norm', 'mlp', 'n_mlp', 'tie_embeddings', 'softcap')
-TRAINING = ('dropout', 'zero_init')  # change nothing in a trained model's output
+FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'head_size', 'n_embd', 'n_mlp', 'mlp', 'norm',
+          'norm_eps', 'qk_norm', 'position', 'embedding_norm', 'tie_embeddings', 'softcap')
+# those that need nothing of it: they change training only, or the tensors and RoPE's frequencies that it is given
+GIVEN = ('dropout', 'zero_init', 'bias', 'norm_gain', 'rope_theta', 'rope_type', 'rope_factor', 'rope_original_context',
+         'rope_low_freq_factor', 'rope_high_freq_factor', 'rope_attention_factor')
 VALUES = dict(position=('learned', 'rope'), norm=('layernorm', 'rmsnorm'), mlp=('gelu', 'relu2', 'swiglu'))
 
 # GPT-2's, as tiktoken has it; White_Space because JavaScript's \s is another set of characters
@@ -35,13 +37,16 @@ def write(path, model, tokenizer, dtype='int8'):
     dtype: how matrices are stored, 'int8' or 'float16'. Raises UserError for a GPTConfig field, a tokenizer or a dtype
     that the page can't have, or a path that can't be written.
     """
+    from model import rope_frequencies
     config = model.config
     check(config)
     vocabulary = tables(tokenizer)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
     arrays = sorted(stored(model, dtype).items(), key=lambda item: -item[1].itemsize)  # aligned without padding
-    header = {'config': {name: getattr(config, name) for name in FIELDS} | {'head_size': config.head_size},
+    frequencies, factor = rope_frequencies(config)
+    header = {'config': {name: getattr(config, name) for name in FIELDS},
+              'rope': {'frequencies': frequencies.tolist(), 'factor': factor},
               'tensors': [(name, str(array.dtype), array.shape) for name, array in arrays], 'tokenizer': vocabulary,
               'parameters': f'{model.get_num_params() / 1e6:.2f}M'}
     before, rest = template().split('HEADER', 1)
@@ -61,7 +66,7 @@ def check(config):
     """Raise UserError, naming the field, if config asks for what page.html doesn't compute."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in FIELDS + TRAINING and value != field.default:
+        if field.name not in FIELDS + GIVEN and value != field.default:
             raise UserError(f'the page cannot compute {field.name}={value!r}, only {field.default!r}')
         if value not in VALUES.get(field.name, (value,)):
             raise UserError(f'the page cannot compute {field.name}={value!r}, only {" or ".join(VALUES[field.name])}')

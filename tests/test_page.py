@@ -29,6 +29,12 @@ ARCHITECTURES = {
     'swiglu': dict(mlp='swiglu', n_mlp=40),
     'grouped heads': dict(n_kv_head=2),
     'one head for keys': dict(n_kv_head=1),
+    'wide heads': dict(head_size=20),
+    'rope linear': dict(position='rope', rope_type='linear', rope_factor=2.0),
+    'rope llama3': dict(position='rope', rope_type='llama3', rope_factor=2.0, rope_original_context=12),
+    'rope yarn': dict(position='rope', rope_type='yarn', rope_factor=4.0, rope_original_context=6),
+    'no gains': dict(norm_gain=False, qk_norm=True),
+    'embedding_norm': dict(embedding_norm=True, norm='rmsnorm'),
     'softcap': dict(softcap=2.0),
     'everything': dict(bias=False, position='rope', norm='rmsnorm', qk_norm=True, mlp='swiglu', n_mlp=40, n_kv_head=2,
                        tie_embeddings=False, softcap=5.0),
@@ -85,7 +91,7 @@ def test_logits_and_greedy_text_are_pytorchs(tmp_path, name):
     """With the weights that the page stores, in float32: logits within 1e-5 of their scale, the same tokens."""
     tokenizer = get_tokenizer('bytes')
     for dtype in ('int8', 'float16') if name == 'everything' else ('int8',):
-        model = scrambled(replace(TINY, **dict(n_kv_head=0, n_mlp=0) | ARCHITECTURES[name]))
+        model = scrambled(replace(TINY, **dict(n_kv_head=0, n_mlp=0, head_size=0) | ARCHITECTURES[name]))
         page.write(tmp_path / 'gpt.html', model, tokenizer, dtype)
         found = write_with_page(tmp_path / 'gpt.html', prompt=PROMPT, count=NEW)
         page.load_stored(model, dtype)
