@@ -338,6 +338,9 @@ if profile and distributed.master:
         on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
     tracer.start()
 
+if not eval_only:
+    write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step,
+               'parameters': model.get_num_params(), 'data': train_data.state_dict()})
 model.train()
 while True:
     if due(eval_interval) or due(hellaswag_interval) or due(sample_interval) or eval_only:

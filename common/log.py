@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from data.errors import UserError
+
 
 def archive_previous_run(out_dir):
     """Give what an earlier run left in out_dir other names, so that a new one overwrites nothing."""
@@ -17,14 +19,22 @@ def archive_previous_run(out_dir):
         print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
 
 
+def read(path):
+    """The entries of a log, a list of dicts. Raises UserError if there is no such file."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such log; train.py writes one into its out_dir')
+    entries = []
+    with open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
+                entries.append(json.loads(line))
+    return entries
+
+
 def rewind(path, step):
     """Drop from the log what a run that resumes at step will do, and log, again."""
     if os.path.exists(path):
-        entries = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
-                    entries.append(json.loads(line))
+        entries = read(path)
         with open(f'{path}.tmp', 'w') as f:
             f.writelines(json.dumps(entry) + '\n' for entry in entries
                          if entry['step'] < step or entry['step'] == step and 'loss' in entry)

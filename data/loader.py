@@ -97,14 +97,18 @@ class Loader:
         chance = hash64(number, stream_keys(self.seed, 'mixture')[0]) / 2**64       # in [0, 1)
         return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
 
-    def blocks(self, k, places):
-        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+    def block_numbers(self, k, places):
+        """(n,) int64: the blocks of dataset k, numbered as they stand in it, at these places of its endless order."""
         epochs, blocks = np.divmod(places, self.n_blocks[k])
         if self.shuffle:
             for epoch in set(epochs.tolist()):
                 now = epochs == epoch
                 blocks[now] = permute(blocks[now], self.n_blocks[k], stream_keys(self.seed, epoch))
-        return self.splits[k].read(blocks * self.block_size, self.block_size + 1)
+        return blocks
+
+    def blocks(self, k, places):
+        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+        return self.splits[k].read(self.block_numbers(k, places) * self.block_size, self.block_size + 1)
 
     def to_device(self, ids):
         """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are there to be ignored (y = -1)."""

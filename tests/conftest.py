@@ -72,9 +72,10 @@ def run(script, *args, expect=0, **how):
 
 
 def read_log(out_dir):
-    """The entries of a run's log without what a clock says."""
+    """The entries of a run's log without its starts and what a clock says."""
     entries = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if k not in ('ms', 'tokens_per_s', 'mfu')} for entry in entries]
+    return [{k: v for k, v in entry.items() if k not in ('ms', 'tokens_per_s', 'mfu')}
+            for entry in entries if 'config' not in entry]
 
 
 def losses(out_dir):
