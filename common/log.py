@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 from data.errors import UserError
@@ -39,3 +40,12 @@ def rewind(path, step):
             f.writelines(json.dumps(entry) + '\n' for entry in entries
                          if entry['step'] < step or entry['step'] == step and 'loss' in entry)
         os.replace(f'{path}.tmp', path)
+
+
+def write(path, entry):
+    """Append an entry. A full disk is reported: better a gap in the log than the end of the run."""
+    try:
+        with open(path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+    except OSError as error:
+        print(f'{path} could not be written: {error.strerror}', file=sys.stderr, flush=True)

@@ -123,15 +123,15 @@ class Loader:
             x, y = batch.to(self.device)
         return x, y
 
-    def eval_batches(self, n_batches):
+    def eval_batches(self, n_blocks):
         """
-        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each
+        The first n_blocks blocks of the split (fewer if it has fewer) in sequence, the same ones at each
         call, shared among the processes. Every process gets the same number of x, y: (B, T), since all must take
         part in each forward pass; a row that no block is left for has y = -1. A mixture goes by its `parts`.
         """
         assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
-        total = min(n_batches * B, self.n_blocks[0])
+        total = min(n_blocks, self.n_blocks[0])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
             yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))
