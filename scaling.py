@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint, laws, log
+from common import laws, log
 from configurator import UserError, configure, settings_of
-from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-scaling'  # the grid's runs, scaling.json and the picture go here
@@ -45,7 +44,7 @@ MARKERS = 'osD^vP*X'
 @dataclass
 class Run:
     name: str
-    n: int  # parameters, embeddings included
+    n: int  # parameters, with the token embeddings and without learned positions
     d: int  # training tokens
     loss: float  # the validation loss at the end, nats per token
 
@@ -65,22 +64,22 @@ def numbers(text, setting, kind=float, between=','):
 
 
 def read_run(folder):
-    """(Run, train.py's settings) of a finished run. Raises UserError for one that isn't, or didn't start from scratch."""
-    state = checkpoint.load(os.path.join(folder, checkpoint.NAME))
-    entries = [entry for entry in log.read(os.path.join(folder, 'log.jsonl')) if 'val_loss' in entry]
-    config = state.get('config', {})
-    if not entries or 'max_iters' not in config:
-        raise UserError(f'{folder} holds no run of train.py with a validation loss')
-    if entries[-1]['step'] < config['max_iters']:
-        raise UserError(f'{folder} stopped at step {entries[-1]["step"]} of {config["max_iters"]}: only the loss at the end '
-                        'of a schedule is on the curve; finish it with --init_from=resume')
-    if config['init_from'] not in ('scratch', 'resume', 'auto'):
-        raise UserError(f'{folder} started from {config["init_from"]}: a scaling law is of models trained from scratch')
-    with torch.device('meta'):
-        n = GPT(GPTConfig(**state['model_args'])).get_num_params(non_embedding=False)
-    tokens_per_step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-                       or config['total_batch_size'])
-    return Run(folder, n, tokens_per_step * config['max_iters'], entries[-1]['val_loss']), config
+    """(Run, train.py's settings) of a finished run, from its log. Raises UserError for one that isn't finished, or
+    didn't start from scratch."""
+    entries = log.read(os.path.join(folder, 'log.jsonl'))
+    starts = [entry for entry in entries if 'config' in entry]  # one more after each resume
+    scores = [entry for entry in entries if 'val_loss' in entry]
+    if not starts or not scores:
+        raise UserError(f'{folder}: its log has no settings or no validation loss')
+    config = starts[-1]['config']
+    if scores[-1]['step'] < config['max_iters']:
+        raise UserError(f'{folder} stopped at step {scores[-1]["step"]} of {config["max_iters"]}, and only the loss at the '
+                        'end of a schedule is on the curve: finish it with --init_from=resume')
+    if starts[0]['config']['init_from'] not in ('scratch', 'auto'):
+        raise UserError(f'{folder} started from {starts[0]["config"]["init_from"]}: a scaling law is of models trained '
+                        'from scratch')
+    tokens = starts[-1]['tokens_per_step'] * config['max_iters']
+    return Run(folder, starts[-1]['parameters'], tokens, scores[-1]['val_loss']), config
 
 
 def train_grid(settings):
