@@ -6,10 +6,13 @@ Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:22
 """
 
 import itertools
-from dataclasses import astuple, dataclass
+import json
+from dataclasses import astuple, dataclass, fields
 
 import torch
 import torch.nn.functional as F
+
+from data.errors import UserError
 
 
 @dataclass
@@ -47,6 +50,20 @@ OPTIMA = {  # exponents of table 2, points of tables 3 and A3
     'Hoffmann et al. 2022, approach 3 (this law)': CHINCHILLA.optimum,
     "Besiroglu et al. 2024, approach 3's data refitted (arXiv:2404.10102)": REFIT.optimum,
 }
+
+
+def read(path):
+    """(Law, (least, most) FLOPs of the runs it was fitted to) of the file that scaling.py writes."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            content = json.load(f)
+        law = Law(**{field.name: float(content['law'][field.name]) for field in fields(Law)})
+        low, high = map(float, content['flops'])
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{path} holds no law: scaling.py writes one into its out_dir, as scaling.json') from None
+    return law, (low, high)
 
 # -----------------------------------------------------------------------------
 # fitting
@@ -119,7 +136,7 @@ def resample(n, d, loss, law, times=200, seed=0):
     draws = torch.randint(R, (*loss.shape[:-1], times * (R + 1)), generator=torch.Generator().manual_seed(seed))
     draws = residuals.gather(-1, draws).unflatten(-1, (times, R + 1))
     start = Law(*(x.expand(draws.shape[:-1]) for x in astuple(wide)))
-    return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start), draws[..., R]
+    return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start, steps=40), draws[..., R]
 
 
 def predict(law, laws, noise, n, d, level=0.9):
