@@ -61,9 +61,9 @@ def finished(folder, config):
         return None
     entries = log.read(folder / 'log.jsonl')
     then = next((entry['config'] for entry in reversed(entries) if 'config' in entry), {})
-    for name in config.keys() - {'seed', 'out_dir', 'init_from'}:  # the last is 'resume' after a stop
-        if then and then.get(name) != config[name]:
-            raise UserError(f'{folder} has a run with {name}={then.get(name)}, not {config[name]}: choose another '
+    for name in then.keys() & config.keys() - {'seed', 'out_dir', 'init_from'}:  # the last is 'resume' after a stop
+        if then[name] != config[name]:
+            raise UserError(f'{folder} has a run with {name}={then[name]}, not {config[name]}: choose another '
                             '--out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]
     if end and not math.isfinite(end[-1]):
