@@ -40,7 +40,8 @@ def starts(out_dir):
     ends = [entry['step'] for entry in found[1:]] + [max(entry['step'] for entry in entries)]
     for entry, end in zip(found, ends):
         config, position = entry['config'], entry['data']
-        loader = Loader(config['dataset'], 'train', 1, config['block_size'], seed=config['seed'], shuffle=config['shuffle'])
+        loader = Loader(config['dataset'], 'train', 1, config['block_size'], seed=config['seed'],
+                        shuffle=config['shuffle'])
         if {name: {**state, 'drawn': 0} for name, state in position.items()} != loader.state_dict():
             raise UserError(f'{config["dataset"]} is not the dataset that {out_dir} read: it has '
                             f'{loader.n_blocks} blocks, and had {[state["n_blocks"] for state in position.values()]}')
