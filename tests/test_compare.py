@@ -107,7 +107,7 @@ def test_a_learning_rate_that_is_worse_is_found_and_a_stop_costs_no_run(dataset,
     assert len(starts) == 6
     for log in starts:
         config = next(entry['config'] for entry in log if 'config' in entry)
-        assert config['learning_rate'] == (1e-5 if 'learning_rate' in config['out_dir'] else 1e-3)
+        assert config['learning_rate'] == (1e-5 if 'learning_rate=' in config['out_dir'] else 1e-3)
         assert config['n_layer'] == 1
         assert [entry['step'] for entry in log if 'loss' in entry] == [5, 10, 15, 20]
     assert sorted(path.name for path in out_dir.glob('*.png')) == ['tiny_vs_tiny,learning_rate=1e-5,min_lr=0.0.png']
