@@ -216,7 +216,8 @@ def dataset(folder, name='bytes'):
     ids = np.random.default_rng(1337).zipf(1.3, 2**22) % tokenizer.vocab_size
     for file, part in ('train_000000.npy', ids[2**20:]), ('val_000000.npy', ids[:2**20]):
         np.save(path / file, part.astype(np.uint16))
-        shards.append({'file': file, 'tokens': len(part), 'sha256': hashlib.sha256((path / file).read_bytes()).hexdigest()})
+        digest = hashlib.sha256((path / file).read_bytes()).hexdigest()
+        shards.append({'file': file, 'tokens': len(part), 'sha256': digest})
     (path / 'meta.json').write_text(json.dumps({'format': 1, 'tokenizer': name, 'vocab_size': tokenizer.vocab_size,
                                                 'eot': tokenizer.eot, 'dtype': 'uint16', 'shards': shards}))
     return path
@@ -266,8 +267,8 @@ def machine():
               f'triton {importlib.import_module("triton").__version__}\n')
         print(torch.cuda.get_device_properties(0), '\n')
         with guarded('nvidia-smi'):
-            print(subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit',
-                                  '--format=csv,noheader'], capture_output=True, text=True).stdout)
+            query = '--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit'
+            print(subprocess.run(['nvidia-smi', query, '--format=csv,noheader'], capture_output=True, text=True).stdout)
     n = 256 if toy else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
@@ -366,7 +367,8 @@ def loop():
                 out, err = run('train.py', f'config/{config}.py', *size, f'--batch_size={BATCH}', f'--device={device}',
                                f'--total_batch_size={BATCH * SIZE.get("block_size", 1024)}', f'--dataset={data}',
                                f'--out_dir={folder}/{config}', '--max_iters=20', '--eval_interval=10', '--eval_iters=4',
-                               '--hellaswag_interval=10', f'--hellaswag_limit={4 if toy else 40}', f'--hellaswag_data={items}',
+                               '--hellaswag_interval=10', f'--hellaswag_limit={4 if toy else 40}',
+                               f'--hellaswag_data={items}',
                                '--sample_interval=10', '--warmup_iters=5', TORCH_LOGS='recompiles,graph_breaks')
                 log = log_of(f'{folder}/{config}')
                 rate, mfu, ms = (statistics.median(entry[key] for step, entry in log.items() if step > 5)
