@@ -9,7 +9,6 @@ import ast
 import contextlib
 import gc
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -256,8 +255,9 @@ def at_once(jobs):
 def machine():
     print(f'{sys.version.split()[0]}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if CUDA:
+        import triton
         print(f'\nCUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, '
-              f'triton {importlib.import_module("triton").__version__}\n')
+              f'triton {triton.__version__}\n')
         print(torch.cuda.get_device_properties(0), '\n')
         with guarded('nvidia-smi'):
             query = '--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit'
@@ -447,15 +447,15 @@ def hellaswag_rate():
     model, n = our_model(GPT2).eval(), 20 if toy else 1000
     tokenizer = get_tokenizer(TOKENIZER)
     with tempfile.TemporaryDirectory() as folder:
-        items = hellaswag.load_items(items_file(folder), n)
+        rows = hellaswag.prepare(hellaswag.load_items(items_file(folder), n), tokenizer, model.config.block_size)
     for dtype in 'bfloat16', 'float32':
-        hellaswag.evaluate(model, tokenizer, items[:n // 5], device=device, dtype=dtype)
+        hellaswag.evaluate(model, rows[:n // 5], device=device, dtype=dtype)
         synchronize(device)
         began = time.perf_counter()
-        hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+        hellaswag.evaluate(model, rows, device=device, dtype=dtype)
         synchronize(device)
-        each = (time.perf_counter() - began) / len(items)
-        print(f'\n{dtype}: {each * 1e3:.2f} ms an item of {len(items)}, {tokenizer.name}; all 10,042 in '
+        each = (time.perf_counter() - began) / len(rows)
+        print(f'\n{dtype}: {each * 1e3:.2f} ms an item of {len(rows)}, {tokenizer.name}; all 10,042 in '
               f'{each * 10042:.1f} s', flush=True)
 
 
