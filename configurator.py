@@ -34,9 +34,10 @@ TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'
 TINY, HUGE = 5e-324, sys.float_info.max  # the bounds of an open interval: above 0, below infinity
 RANGES = (
     (1, 2**31 - 1, 'batch_size block_size max_iters eval_interval eval_iters log_interval max_bad_steps replicas '
-                   'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size'),
+                   'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
     (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
-                   'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k'),
+                   'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
+                   'step characters'),
     (1, 2**62, 'total_batch_size eval_tokens shard_size'),
     (0, 2**62, 'max_tokens'),
     (0, 2**63 - 1, 'seed'),
@@ -51,10 +52,12 @@ PATHS = 'out_dir', 'init_from', 'dataset', 'hellaswag_data', 'data', 'out', 'pro
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
 
-def configure(script, base=''):
+def configure(script, base='', positional=None):
     """Override the settings among `script`, a script's globals(), by sys.argv[1:]; returns {name: value}.
 
     base: a script beside this one whose settings are accepted and returned too (plan.py takes train.py's).
+    positional: a list that collects the arguments that are not --name=value, for a script that
+        takes other things than settings files (plot.py: folders).
 
     A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
     True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file, and
@@ -63,15 +66,23 @@ def configure(script, base=''):
     sys.excepthook = excepthook
     own = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
-        sys.exit(print_help(script, own, base))
+        sys.exit(print_help(script, own, base, '[FILE.py ...]' if positional is None else 'ARGUMENT ...'))
     defaults = (settings_of(os.path.join(os.path.dirname(script['__file__']), base)) if base else {}) | own
+    config = override(defaults, sys.argv[1:], positional)
+    script.update({name: config[name] for name in own})
+    return config
+
+def override(defaults, arguments, positional=None):
+    """{name: value}: the defaults, with files and --name=value applied in order; see configure()."""
     config = dict(defaults)
     given.clear()
-    for arg in sys.argv[1:]:
+    for arg in arguments:
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg.startswith('--'):
             config[key] = checked(arg, key, parse(text, defaults.get(key)) if equals else True, defaults)
             note_given({key: arg})
+        elif positional is not None:
+            positional.append(arg)
         elif arg.endswith('.py'):
             settings, lines = run_file(arg, config, defaults)
             note_given({k: f'{arg}:{lines.get(k, 1)}' for k in settings if k in lines or settings[k] != config[k]})
@@ -82,7 +93,6 @@ def configure(script, base=''):
         if config.get(key, '').startswith('~'):
             config[key] = os.path.expanduser(config[key])
     check_ranges(config, defaults)
-    script.update({name: config[name] for name in own})
     return config
 
 def note_given(places):
@@ -175,7 +185,7 @@ def excepthook(kind, error, trace):
         if isinstance(error, UserError):
             print(' '.join(str(error).split()), file=sys.stderr)  # it may quote an exception of several lines
         elif kind is KeyboardInterrupt:
-            print('interrupted', file=sys.stderr)
+            print(error if error.args else 'interrupted', file=sys.stderr)
         elif line := distributed and distributed.describe(error):
             print(line, file=sys.stderr)
         else:
@@ -184,12 +194,12 @@ def excepthook(kind, error, trace):
             sys.__excepthook__(kind, error, trace)
     raise SystemExit(130 if kind is KeyboardInterrupt else getattr(error, 'status', 1))
 
-def print_help(script, defaults, base):
+def print_help(script, defaults, base, operands):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""
     with tokenize.open(script['__file__']) as f:
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
     print((script['__doc__'] or '').strip())
-    print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    print(f'\nusage: python {sys.argv[0]} {operands} [--setting=value ...]')
     if base:
         print(f'with the settings of {base} (`python {base} --help`), and')
     nodes = dict(reversed(assignments(script['__file__'])))  # a script may assign a setting again, further down

@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -100,11 +100,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, gain, self.eps).type_as(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the precision of its input, its gain and its bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, x):
+        gain, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, gain, bias, self.eps).type_as(x)
+
+
 def norm(config):
     """The normalisation that config asks for, over the channels."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
 
 
 def rope_frequencies(config, device=None):
@@ -441,11 +449,10 @@ class GPT(nn.Module):
             raise UserError(f'{name}: {" ".join(str(error).split())[:200]}')
         return model
 
-    def save_pretrained(self, folder, tokenizer='gpt2'):
-        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open, float32. tokenizer: its name.
-        Raises UserError for a GPTConfig field that transformers has no class for."""
+    def save_pretrained(self, folder, tokenizer='gpt2', dtype='float32'):
+        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open. tokenizer: its name; dtype:
+        'float32', 'bfloat16' or 'float16'. Raises UserError if it holds a model already, or if transformers has no
+        class for this one."""
         from common import convert
         state_dict = convert.pad_vocab(self.state_dict(), self.config.vocab_size)
-        convert.save(folder, asdict(self.config), state_dict, tokenizer)
-
-
+        convert.save(folder, self.config, state_dict, tokenizer, dtype)
