@@ -7,25 +7,21 @@ nanoGPT's, build-nanogpt's: python export.py --init_from=../nanoGPT/out/ckpt.pt 
 The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py have.
 """
 
-import os
-
+from common import convert
 from common.checkpoint import load_model
 from configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
 init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder, a .pt file
-folder = ''  # what to write
+folder = ''  # the folder to write
+dtype = 'float32'  # of the weights in it; or 'bfloat16', 'float16'
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
 if not folder:
     raise UserError('--folder=FOLDER says where to write')
-if os.path.exists(os.path.join(folder, 'config.json')):
-    raise UserError(f'{folder} holds a model already: give another folder')
+convert.check_folder(folder)
 model, tokenizer = load_model(init_from, out_dir, device='cpu')
-try:
-    model.save_pretrained(folder, tokenizer)
-except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error}')
-print(f'{folder}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {tokenizer}')
+model.save_pretrained(folder, tokenizer, dtype)
+print(f'{folder}: {model.get_num_params() / 1e6:.2f}M parameters in {dtype}, tokenizer {tokenizer}')

@@ -10,7 +10,6 @@ safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
 import itertools
-import math
 import numbers
 import os
 import pickle
@@ -181,7 +180,7 @@ def write(checkpoint, out_dir, best, keep):
         print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): {previous}',
               file=sys.stderr, flush=True)
         return False
-    for _, path in [*numbered(out_dir, step)][keep:] if keep else []:
+    for _, path in [*files.numbered(out_dir, step)][keep:] if keep else []:
         warn_if_failed('removed', path, Path.unlink)
     if 'shards' in checkpoint:
         warn_if_failed('cleared of unused shards', out_dir, remove_unused_shards)
@@ -194,12 +193,6 @@ def warn_if_failed(done, path, function, *args):
         function(*args, path)
     except OSError as error:
         print(f'{path} could not be {done}: {files.reason(error)}', file=sys.stderr, flush=True)
-
-
-def numbered(out_dir, last=math.inf):
-    """[(step, path)] of the kept checkpoints up to step `last`, the newest first."""
-    names = [(re.fullmatch(r'ckpt_(\d{6,})\.pt', path.name), path) for path in Path(out_dir).glob('ckpt_*.pt')]
-    return sorted(((int(name[1]), path) for name, path in names if name and int(name[1]) <= last), reverse=True)
 
 
 def remove_unused_shards(out_dir):
@@ -293,7 +286,7 @@ def alternative(path):
     folder = Path(path).parent
     archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
                       key=lambda path: -int(path.name.split('.')[0]))
-    for other in *(path for _, path in numbered(folder)), *archived:
+    for other in *(path for _, path in files.numbered(folder)), *archived:
         if str(other) != str(Path(path)) and not find_damage(other):
             return f'--init_from=resume:{other} takes the newest whole one'
     return ''
@@ -328,12 +321,13 @@ def check_entries(checkpoint, path, resume):
     if not resume:
         return
     is_a(dict, 'optimizer', 'data', 'config', 'scaler')
-    is_a(list, 'random', 'norms')
+    is_a(list, 'random', 'recent')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
     expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
     is_a(numbers.Real, 'best_val_loss')
-    expect(all(isinstance(norm, float) for norm in checkpoint['norms']), 'norms', 'a list of floats')
+    expect(all(isinstance(x, (list, tuple)) and len(x) == 2 and all(isinstance(y, float) for y in x)
+               for x in checkpoint['recent']), 'recent', 'a list of (loss, gradient norm)')
     expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
                and 'cpu' in state for state in checkpoint['random']), 'random', 'a list of random number generators\' states')
     expect(all(isinstance(x, dict) and isinstance(x.get('drawn'), int) and x['drawn'] >= 0 for x in checkpoint['data'].values()),
@@ -374,13 +368,18 @@ def check_weights(checkpoint, path):
         problems.append(f'the checkpoint has {some(other)}')
     if problems:
         raise UserError(f'{path} does not fit model.py: {"; ".join(problems)}')
-    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
-        raise UserError(f'{path}: {some(bad)} not finite (NaN or infinity)')
+    check_finite(weights, path)
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
             if isinstance(x, torch.Tensor) and x.numel() > 1 and (name not in weights or x.shape != weights[name].shape):
                 raise UserError(f'{path}: the optimizer\'s {key} of {name} has the shape {tuple(x.shape)}, not that of a weight')
+
+
+def check_finite(weights, path):
+    """Raise UserError that names the weights with NaN or infinity."""
+    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
+        raise UserError(f'{path}: {some(bad)} has values that are not finite')
 
 
 def some(names):
@@ -392,7 +391,7 @@ def some(names):
 def compare_settings(checkpoint, path, config, given):
     """What a resumed run's settings are, beside those that the checkpoint was written with.
 
-    config: {name: value} of this run; given: the names that the user set. Returns (taken, changed): the model's
+    config: {name: value} of this run; given: {name: where} of those that the user set. Returns (taken, changed): the model's
     settings that come from the checkpoint instead, {name: value}, and the settings that take effect from here on,
     {name: (then, now)}. Raises UserError for one that can't take effect.
     """
@@ -407,9 +406,8 @@ def compare_settings(checkpoint, path, config, given):
 
     model = fixed.keys() & config.keys() - {'dropout', 'block_size'}  # these may change
     taken = {name: fixed[name] for name in config if name in model and resolve(name) != fixed[name]}
-    if wrong := [f'{name}={config[name]} ({fixed[name]})' for name in taken if name in given]:
-        raise UserError(f'{path} holds another model than {", ".join(wrong)} asks for: leave out what it has in brackets, '
-                        'or train from scratch')
+    if wrong := [name for name in taken if name in given]:
+        raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}')
     if then.get('optimizer', config['optimizer']) != config['optimizer']:
         raise UserError(f'{path} has the state of {then["optimizer"]}: --init_from={path} starts from its weights alone')
     if config['max_iters'] < checkpoint['iter_num']:
@@ -475,6 +473,8 @@ def pretrained(init_from, **overrides):
 
 def load_model(init_from, out_dir, device):
     """(model, name of its tokenizer) for sampling and evaluation: init_from is as in resume_path, else in pretrained."""
+    if init_from in ('scratch', 'auto'):
+        raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
     model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)
     return model.to(device).eval(), tokenizer
 

@@ -8,6 +8,7 @@ every function here does what one process needs.
 
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -134,11 +135,15 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
             if dtype != 'float32':
                 fully_shard([block.ln_1, block.ln_2], **how)
             fully_shard(block, **how, mp_policy=half if dtype != 'float32' else MixedPrecisionPolicy())
-        return fully_shard(model, **how)
+        fully_shard(model, **how)
+        for method in 'generate', 'token_losses':  # called beside forward
+            register_fsdp_forward_method(model, method)
+        return model
     model.to(device)
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
+                                   broadcast_buffers=False,  # tables, the same everywhere
                                    gradient_as_bucket_view=True)  # else gradients take their memory twice
 
 
@@ -167,6 +172,23 @@ def all_sum(*values, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def all_reduce(x, device):
+    """The tensor x summed over all processes, on the device on which it is."""
+    if not dist.is_initialized():
+        return x
+    record_progress()
+    total = x.to(device)
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
+def first_then_all(fn):
+    """fn() by one process of each machine first, then by its others, for what the first one leaves there: a file."""
+    result = fn() if local_rank == 0 else None
+    all_gather(None)
+    return fn() if local_rank else result
 
 
 def all_gather(value):
@@ -244,3 +266,73 @@ def describe(error):
     if isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
         return f'rank {rank} lost its connection to the other processes; one has probably died: {text}'
     return None
+
+# -----------------------------------------------------------------------------
+# signals
+
+stop_signal, stopped_at = 0, 0.0  # the first SIGINT or SIGTERM, and when it came
+
+
+def catch_signals():
+    """From now on the first SIGINT or SIGTERM only asks for an end (stop_requested); a second one ends the process."""
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+
+
+def request_stop(number, frame):
+    global stop_signal, stopped_at
+    if stop_signal:
+        if time.monotonic() - stopped_at > 2:  # sooner it is torchrun, which passes on what the terminal sent to all
+            os._exit(128 + number)
+        return
+    stop_signal, stopped_at = number, time.monotonic()
+    print0(f'\n{signal.Signals(number).name}: saving, then ending (again: end at once)')
+
+
+def stop_requested():
+    """The signal that asked this process to end, or 0."""
+    return stop_signal
+
+
+def stop_agreed(device):
+    """Was any process asked to end? The same answer for all."""
+    return all_sum(stop_signal > 0, device=device)[0] > 0
+
+# -----------------------------------------------------------------------------
+# how a step is divided
+
+def divide_step(config, given, processes):
+    """(micro-batches that each process runs in a step, sequences in each, a line for the user or '').
+
+    config: settings with total_batch_size (tokens in a step), gradient_accumulation_steps (micro-batches in a step over
+    all processes; 0: total_batch_size decides), batch_size and block_size. given: those that the user set, in the order
+    of setting; the later of the two wins. Raises UserError if they can't be divided by the number of processes.
+    """
+    batch_size, block_size = config['batch_size'], config['block_size']
+    total, steps = config['total_batch_size'], config['gradient_accumulation_steps']
+    order, note = list(given), ''
+    if steps and 'total_batch_size' in order:
+        if order.index('total_batch_size') > order.index('gradient_accumulation_steps'):
+            note = f'total_batch_size={total} replaces gradient_accumulation_steps={steps}, given before it'
+            steps = 0
+        else:
+            note = f'gradient_accumulation_steps={steps} replaces total_batch_size={total}, given before it'
+    if steps:
+        if steps % processes:
+            raise UserError(f'gradient_accumulation_steps={steps} is not a multiple of the {processes} processes: use '
+                            f'{-(-steps // processes) * processes}, or total_batch_size')
+        return steps // processes, batch_size, note
+    micro_batch = batch_size * block_size * processes  # tokens, over all processes
+    if total % micro_batch == 0:
+        return total // micro_batch, batch_size, note
+    if total < micro_batch and total % (block_size * processes) == 0:
+        batch_size = total // (block_size * processes)
+        return 1, batch_size, f'batch_size={batch_size}: {processes} processes divide a step of {total:,} tokens'
+    if 'total_batch_size' not in order:  # a default gives way to what was set
+        steps = max(1, round(total / micro_batch))
+        return steps, batch_size, (f'total_batch_size={steps * micro_batch} instead of {total}, which is not a multiple of '
+                                   f'batch_size * block_size * processes = {micro_batch}')
+    below = total // micro_batch * micro_batch
+    near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
+    raise UserError(f'total_batch_size={total} is not a multiple of batch_size * block_size * processes = '
+                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest are {near}')

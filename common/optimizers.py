@@ -30,7 +30,7 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, s
     kinds = [(partial(torch.optim.AdamW, betas=betas, fused=fused), [group for group in groups if group['params']])]
     if hidden:
         kv = model.config.n_kv_head * model.config.head_size
-        rows = {'c_attn': (model.config.n_embd, kv, kv)}  # queries, keys and values are matrices of their own
+        rows = {'c_attn': (model.config.n_head * model.config.head_size, kv, kv)}  # queries, keys and values are matrices of their own
         if model.config.mlp == 'swiglu':
             rows['c_fc'] = (model.config.n_mlp, model.config.n_mlp)  # so are the gate and what it gates
         splits = {p: rows.get(name.split('.')[-2], (len(p),)) for name, p in hidden.items()}

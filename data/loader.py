@@ -97,14 +97,18 @@ class Loader:
         chance = hash64(number, stream_keys(self.seed, 'mixture')[0]) / 2**64       # in [0, 1)
         return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
 
-    def blocks(self, k, places):
-        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+    def block_numbers(self, k, places):
+        """(n,) int64: the blocks of dataset k, numbered as they stand in it, at these places of its endless order."""
         epochs, blocks = np.divmod(places, self.n_blocks[k])
         if self.shuffle:
             for epoch in set(epochs.tolist()):
                 now = epochs == epoch
                 blocks[now] = permute(blocks[now], self.n_blocks[k], stream_keys(self.seed, epoch))
-        return self.splits[k].read(blocks * self.block_size, self.block_size + 1)
+        return blocks
+
+    def blocks(self, k, places):
+        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+        return self.splits[k].read(self.block_numbers(k, places) * self.block_size, self.block_size + 1)
 
     def to_device(self, ids):
         """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are there to be ignored (y = -1)."""
@@ -119,15 +123,15 @@ class Loader:
             x, y = batch.to(self.device)
         return x, y
 
-    def eval_batches(self, n_batches):
+    def eval_batches(self, n_blocks):
         """
-        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each
+        The first n_blocks blocks of the split (fewer if it has fewer) in sequence, the same ones at each
         call, shared among the processes. Every process gets the same number of x, y: (B, T), since all must take
         part in each forward pass; a row that no block is left for has y = -1. A mixture goes by its `parts`.
         """
         assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
-        total = min(n_batches * B, self.n_blocks[0])
+        total = min(n_blocks, self.n_blocks[0])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
             yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))

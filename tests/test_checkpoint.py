@@ -38,7 +38,7 @@ def trained(optimizer='adamw', **more):
     state = checkpoint.training_state(model, optimizers) | {
         'model_args': asdict(model.config), 'tokenizer': 'bytes', 'config': SETTINGS | {'optimizer': optimizer},
         'iter_num': 20, 'best_val_loss': 5.5, 'scaler': {}, 'random': [checkpoint.random_state('cpu')], 'skipped': 0,
-        'data': {'stdlib': {'drawn': 3, 'n_blocks': 9, 'seed': 1, 'shuffle': True, 'block_size': 8}}, 'norms': [1.0]}
+        'data': {'stdlib': {'drawn': 3, 'n_blocks': 9, 'seed': 1, 'shuffle': True, 'block_size': 8}}, 'recent': [(5.5, 1.0)]}
     return model, optimizers, state | more
 
 
@@ -223,7 +223,7 @@ def test_foreign_zip_files_and_objects_are_refused(tmp_path):
 def test_weights_that_are_not_finite_are_named(state, tmp_path):
     bad = state['model'] | {'transformer.ln_f.bias': torch.full((8,), float('nan'))}
     write(state | {'model': bad}, tmp_path)
-    assert refusal(tmp_path / 'ckpt.pt') == 'out/ckpt.pt: transformer.ln_f.bias not finite (NaN or infinity)'
+    assert refusal(tmp_path / 'ckpt.pt') == 'out/ckpt.pt: transformer.ln_f.bias has values that are not finite'
 
 
 @pytest.mark.parametrize('entry, value, why', [
@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_are_named(state, tmp_path):
     ('model_args', 'a', 'model_args is not of type dict'), ('iter_num', 'a', 'iter_num is not of type int'),
     ('iter_num', -1, 'iter_num is not a step'), ('optimizer', None, 'has no optimizer'),
     ('optimizer', {}, 'optimizer is not of the form'), ('random', [{}], 'random is not a list of random number'),
-    ('data', {'a': 1}, 'data is not a position'), ('norms', ['a'], 'norms is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
+    ('data', {'a': 1}, 'data is not a position'), ('recent', ['a'], 'recent is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
     ('shards', '../../x', 'shards is not the'),
     ('shards', '/tmp', 'shards is not the'), ('shards', 3, 'shards is not the'), ('best_val_loss', 'a', 'best_val_loss is not of')])
 def test_an_entry_that_is_missing_or_of_another_type_is_named(state, tmp_path, entry, value, why):
@@ -285,7 +285,7 @@ def test_restored_optimizers_have_the_saved_state_and_this_run_s_hyperparameters
 
 
 def compare(state, given=(), **settings):
-    return checkpoint.compare_settings(state, 'out/ckpt.pt', SETTINGS | settings, set(given))
+    return checkpoint.compare_settings(state, 'out/ckpt.pt', SETTINGS | settings, {name: f'--{name}={settings.get(name)}' for name in given})
 
 
 def test_settings_that_changed_are_taken_told_or_refused(state):
@@ -293,7 +293,7 @@ def test_settings_that_changed_are_taken_told_or_refused(state):
     assert compare(state, n_layer=12, n_head=4, learning_rate=3e-4, out_dir='b', init_from='resume', dropout=0.1) == (
         {'n_layer': 2, 'n_head': 2}, {'dropout': (0.0, 0.1), 'learning_rate': (1e-3, 3e-4)})
     assert compare(state, ['n_kv_head', 'n_layer'], n_kv_head=2) == ({}, {})  # 0 stands for n_head, which is 2
-    with pytest.raises(UserError, match=r'out/ckpt.pt holds another model than n_layer=12 \(2\), n_head=3 \(2\) asks for'):
+    with pytest.raises(UserError, match='--n_layer=12: out/ckpt.pt has n_layer=2'):
         compare(state, ['n_layer', 'n_head', 'learning_rate'], n_layer=12, n_head=3)
     with pytest.raises(UserError, match='out/ckpt.pt has the state of adamw: --init_from=out/ckpt.pt starts from its weights'):
         compare(state, optimizer='muon')
@@ -328,7 +328,7 @@ def use(path):
     """What a command does with a checkpoint. Returns whether it could."""
     try:
         saved = checkpoint.load(path, resume=True)
-        checkpoint.compare_settings(saved, path, SETTINGS, set())
+        checkpoint.compare_settings(saved, path, SETTINGS, {})
         model = checkpoint.model_from(saved)
         optimizers = configure_optimizers(model, saved['config'].get('optimizer', 'adamw'), 1e-3, 0.1, (0.9, 0.95))
         checkpoint.restore_optimizers(model, optimizers, saved['optimizer'])
@@ -342,7 +342,7 @@ def use(path):
     return True
 
 
-CASES = int(os.environ.get('FUZZ', 150))
+CASES = int(os.environ.get('FUZZ', 100))
 
 
 def test_mutated_entries_end_in_a_user_error_or_work(state, tmp_path):
