@@ -100,11 +100,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, gain, self.eps).type_as(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the precision of its input, its gain and its bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, x):
+        gain, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, gain, bias, self.eps).type_as(x)
+
+
 def norm(config):
     """The normalisation that config asks for, over the channels."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
 
 
 def rope_frequencies(config, device=None):

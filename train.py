@@ -327,7 +327,7 @@ def evaluate():
 def save(best=False):
     """Write what an exact resume needs, in the background once it is copied."""
     state = (checkpoint.sharded_state(model, optimizers, out_dir) if sharded_checkpoints
-             else checkpoint.training_state(model, optimizers))
+             else distributed.training_state(model, optimizers))
     state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
@@ -469,6 +469,7 @@ while True:
             print0(f'saved {ckpt_path} at step {step}; --init_from=resume continues from it')
         break
 
-if not checkpoint.wait():
-    sys.exit(1)
+saved = checkpoint.wait()
 distributed.shutdown()
+if not saved:
+    sys.exit(1)

@@ -17,98 +17,30 @@ import re
 import shutil
 import struct
 import sys
-import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from common import convert, files
+from common import convert, distributed, files
 from data.errors import UserError
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the first process, on its CPU
 NAME = 'ckpt.pt'  # in out_dir
 SHARDS = re.compile(r'shards_\d{6,}')  # a folder in out_dir
 
 # -----------------------------------------------------------------------------
 # what a checkpoint holds
 
-def training_state(model, optimizers):
-    """{'model': …, 'optimizer': …} by the names of the model's parameters: copies on the CPU of the first process,
-    whole tensors for any layout. All processes take part; the others' dictionaries stay empty."""
-    weights = get_model_state_dict(model, options=WHOLE)
-    first = {id(p): name for name, p in model.named_parameters()}
-    if weights:  # tied weights were gathered one by one
-        weights |= {name: weights[first[id(p)]] for name, p in model.named_parameters(remove_duplicate=False)}
-    state = {'model': weights, 'optimizer': optimizer_state(model, optimizers)}
-    return state if next(model.parameters()).is_cuda else clone_to_cpu(state, {})  # those of a GPU are copies already
-
-
 def sharded_state(model, optimizers, out_dir):
-    """As training_state, but for 'tensors', copies of each process's own shards, which save will write into the folder
-    'shards'."""
+    """As distributed.training_state, but for 'tensors', copies of each process's own shards, which save will write into
+    the folder 'shards'."""
     wait()  # the folder before must be there, to leave its name alone
-    weights, optimizer = get_model_state_dict(model), get_optimizer_state_dict(model, optimizers)
-    tensors = {f'model.{name}': weights[name] for name, _ in model.named_parameters()}  # tied ones once
-    tensors |= {f'optimizer.{name}.{key}': x for name, state in optimizer['state'].items() for key, x in state.items()}
-    folder = [next(name for n in itertools.count() if not Path(out_dir, name := f'shards_{n:06d}').exists())]
-    dist.broadcast_object_list(folder)  # one name for all
-    return {'model': {}, 'optimizer': {'state': {}, 'param_groups': optimizer['param_groups']}, 'shards': folder[0],
-            'tensors': {name: x.detach().to('cpu', copy=True) for name, x in tensors.items()}}
-
-
-def optimizer_state(model, optimizers):
-    """{'state': {name: …}, 'param_groups': [{'params': names, …}]} of all optimizers, on the first process."""
-    state, groups = {}, []
-    for optimizer in optimizers:
-        if not isinstance(optimizer, ZeroRedundancyOptimizer):
-            parts = [get_optimizer_state_dict(model, optimizer, options=WHOLE)]
-        else:  # each process has the state of some parameters
-            parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(clone_to_cpu(get_optimizer_state_dict(model, optimizer.optim), {}), parts)
-        if parts and parts[0]:
-            for part in parts:
-                state |= part['state']
-            groups += [same[0] | {'params': [name for group in same for name in group['params']]}
-                       for same in zip(*(part['param_groups'] for part in parts))]
-    return {'state': state, 'param_groups': groups}
-
-
-def set_optimizer_state(model, optimizers, state):
-    """Give the optimizers what optimizer_state gave, or each process its part of it."""
-    for optimizer in optimizers:
-        if not isinstance(optimizer, ZeroRedundancyOptimizer):
-            set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
-            continue
-        names, order, groups = {p: name for name, p in model.named_parameters()}, [], []
-        for group in optimizer.param_groups:  # it counts parameters, as plain optimizers do
-            members = [names[p] for p in group['params']]
-            saved = next(saved for saved in state['param_groups'] if members[0] in saved['params'])
-            groups.append(saved | {'params': list(range(len(order), len(order) + len(members)))})
-            order += members
-        optimizer.load_state_dict({'state': {i: dict(state['state'][name]) for i, name in enumerate(order)},
-                                   'param_groups': groups})
-
-
-def clone_to_cpu(x, seen):
-    """A copy on the CPU of nested dictionaries and lists of tensors; a tensor that occurs twice is copied once."""
-    if isinstance(x, torch.Tensor):
-        key = x.data_ptr(), x.shape
-        if key not in seen:
-            seen[key] = x.detach().to('cpu', copy=True)
-        return seen[key]
-    if isinstance(x, dict):
-        return {k: clone_to_cpu(v, seen) for k, v in x.items()}
-    return [clone_to_cpu(v, seen) for v in x] if isinstance(x, list) else x
+    tensors, groups = distributed.sharded_state(model, optimizers)
+    folder = next(name for n in itertools.count() if not Path(out_dir, name := f'shards_{n:06d}').exists())
+    return {'model': {}, 'optimizer': {'state': {}, 'param_groups': groups}, 'tensors': tensors,
+            'shards': distributed.all_gather(folder)[0]}  # one name for all
 
 
 def random_state(device):
@@ -127,8 +59,7 @@ def set_random_state(state, device):
 # -----------------------------------------------------------------------------
 # writing
 
-writer, writing = ThreadPoolExecutor(1), None
-writers = None  # the process group in which the threads that write shards talk, apart from the training
+writing = None  # the future of the checkpoint that is being written
 
 
 def save(checkpoint, out_dir, best=False, keep=0):
@@ -136,18 +67,15 @@ def save(checkpoint, out_dir, best=False, keep=0):
 
     best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step), of which the last `keep` up to this step stay.
     """
-    global writing, writers
+    global writing
     wait()
-    if 'shards' in checkpoint:
-        writers = writers or dist.new_group(backend='gloo')
-    elif dist.is_initialized() and dist.get_rank():
-        return
-    writing = writer.submit(write, checkpoint, Path(out_dir), best, keep)
+    if distributed.master or 'shards' in checkpoint:
+        writing = distributed.in_background(write, checkpoint, Path(out_dir), best, keep)
 
 
 def wait():
     """Until the checkpoint that is being written is on the disk. Returns False if it could not be written."""
-    return writing is None or writing.result()
+    return writing is None or distributed.result(writing)
 
 
 def write(checkpoint, out_dir, best, keep):
@@ -158,11 +86,9 @@ def write(checkpoint, out_dir, best, keep):
         out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         if 'shards' in checkpoint:
             folder = out_dir / checkpoint['shards']
-            dcp.save(checkpoint.pop('tensors'), process_group=writers, storage_writer=dcp.HuggingFaceStorageWriter(
-                str(folder), save_distributed=True))
-            sums = [None] * dist.get_world_size(writers)
-            dist.all_gather_object(sums, own_checksums(folder), group=writers)
-            if dist.get_rank():
+            distributed.save_shards(checkpoint.pop('tensors'), folder)
+            sums = distributed.gather_from_writers(own_checksums(folder))
+            if not distributed.master:
                 return True
             checkpoint['crc32'] = {name: crc for part in sums for name, crc in part.items()}
         with files.atomic_write(out_dir / NAME) as f:
@@ -170,11 +96,10 @@ def write(checkpoint, out_dir, best, keep):
             f.flush()
             for name in ['ckpt_best.pt'] * best + [f'ckpt_{step:06d}.pt'] * bool(keep):
                 warn_if_failed('written', out_dir / name, files.copy, f.name)
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch.save has errors of its own
-        if isinstance(error, CheckpointException):
-            if dist.get_rank():
-                return False
-            error = next(iter(error.failures.values()))[0]  # of the first process that has one
+    except (OSError, RuntimeError) as error:  # torch.save has errors of its own
+        if not distributed.master:
+            return False
+        if 'shards' in checkpoint:
             shutil.rmtree(folder, ignore_errors=True)
         previous = f'the previous checkpoint is kept ({out_dir / NAME})' if (out_dir / NAME).exists() else 'there is none yet'
         print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): {previous}',
@@ -208,7 +133,7 @@ def remove_unused_shards(out_dir):
 
 def own_checksums(folder):
     """{name: CRC-32} of the files that this process has written into a folder of shards."""
-    return {path.name: crc32(path) for path in folder.glob(f'shard-{dist.get_rank() + 1:05d}-*')}
+    return {path.name: crc32(path) for path in folder.glob(f'shard-{distributed.rank + 1:05d}-*')}
 
 
 def crc32(path):
@@ -419,7 +344,7 @@ def compare_settings(checkpoint, path, config, given):
 def restore_optimizers(model, optimizers, state):
     """Give the optimizers their saved state (moments, steps). Hyperparameters (weight_decay, betas) stay this run's."""
     ours = [[{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups] for opt in optimizers]
-    set_optimizer_state(model, optimizers, state)
+    distributed.set_optimizer_state(model, optimizers, state)
     for opt, groups in zip(optimizers, ours):
         for group, hyperparameters in zip(opt.param_groups, groups):
             group.update(hyperparameters)
@@ -435,13 +360,9 @@ def add_shards(checkpoint, path):
         if crc32(file) != crc:
             raise UserError(f'the shard {file} of {path} is damaged: it has another CRC-32')
     try:
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        shapes = reader.read_metadata().state_dict_metadata
-        tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in shapes.items()}
-        with warnings.catch_warnings(action='ignore'):  # about reading in one process, which is meant
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (Exception, CheckpointException) as error:  # each of the layers below has its own
-        raise UserError(f'the shards {folder} cannot be read: {files.reason(error)}')
+        tensors = distributed.load_shards(folder)
+    except Exception as error:  # each of the layers below has its own
+        raise UserError(f'the shards {folder} cannot be read: {files.reason(error)}') from None
     for name, tensor in tensors.items():
         if name.startswith('model.'):
             checkpoint['model'][name.removeprefix('model.')] = tensor
