@@ -246,17 +246,16 @@ def check_entries(checkpoint, path, resume):
     if not resume:
         return
     is_a(dict, 'optimizer', 'data', 'config', 'scaler')
-    is_a(list, 'random', 'recent')
+    is_a(list, 'random')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
     expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
     is_a(numbers.Real, 'best_val_loss')
-    expect(all(isinstance(x, (list, tuple)) and len(x) == 2 and all(isinstance(y, float) for y in x)
-               for x in checkpoint['recent']), 'recent', 'a list of (loss, gradient norm)')
+    for name in 'losses', 'norms':  # of the last steps
+        expect(isinstance(past := checkpoint.get(name, []), list) and all(isinstance(x, float) for x in past), name,
+               'a list of floats')
     expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
                and 'cpu' in state for state in checkpoint['random']), 'random', 'a list of random number generators\' states')
-    expect(all(isinstance(x, dict) and isinstance(x.get('drawn'), int) and x['drawn'] >= 0 for x in checkpoint['data'].values()),
-           'data', 'a position in each dataset')
     state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
     expect(isinstance(state, dict) and all(isinstance(x, dict) for x in state.values()) and isinstance(groups, list)
            and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups), 'optimizer',
@@ -297,8 +296,11 @@ def check_weights(checkpoint, path):
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
-            if isinstance(x, torch.Tensor) and x.numel() > 1 and (name not in weights or x.shape != weights[name].shape):
-                raise UserError(f'{path}: the optimizer\'s {key} of {name} has the shape {tuple(x.shape)}, not that of a weight')
+            if not isinstance(x, torch.Tensor) or x.dim() and (name not in weights or x.shape != weights[name].shape):
+                raise UserError(f'{path}: {key} of {name} in its optimizer is not a tensor of the weight\'s shape')
+    for group in optimizer.get('param_groups', []):
+        if len({frozenset(optimizer['state'].get(name, ())) for name in group['params'] if isinstance(name, str)}) > 1:
+            raise UserError(f'{path}: a part of its optimizer\'s state is missing')
 
 
 def check_finite(weights, path):
@@ -309,7 +311,7 @@ def check_finite(weights, path):
 
 def some(names):
     """The first three names and how many more there are."""
-    names = sorted(names)
+    names = sorted(map(str, names))
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
@@ -342,12 +344,10 @@ def compare_settings(checkpoint, path, config, given):
 
 
 def restore_optimizers(model, optimizers, state):
-    """Give the optimizers their saved state (moments, steps). Hyperparameters (weight_decay, betas) stay this run's."""
-    ours = [[{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups] for opt in optimizers]
+    """Give the optimizers their saved state (moments, steps). Learning rate, weight decay and betas stay this run's."""
+    if missing := [name for name, _ in model.named_parameters() if name not in state['state']]:
+        raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
     distributed.set_optimizer_state(model, optimizers, state)
-    for opt, groups in zip(optimizers, ours):
-        for group, hyperparameters in zip(opt.param_groups, groups):
-            group.update(hyperparameters)
 
 
 def add_shards(checkpoint, path):
