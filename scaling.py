@@ -154,12 +154,12 @@ def draw(path, fitted, unseen, law, predictions):
             axis.plot(x, law.loss(*law.optimum(x)), **frontier, label='frontier')
         else:
             axis.plot(x, law.loss(x, math.inf) if panel == 'n' else law.loss(math.inf, x), **limit,
-                      label='endless tokens, or parameters' if panel == 'n' else None)
+                      label='limit of endless D, or N' if panel == 'n' else None)
         if panel == 'n':
             for d in sorted({run.d for run in everything}):
                 axis.plot(x, law.loss(x, d), color='0.75', linewidth=0.9, zorder=1)
-                axis.annotate(short(d), (x[0], law.loss(x[0], d)), xytext=(1, 3), textcoords='offset points', fontsize=7,
-                              color='0.3')
+                axis.annotate(f'D = {short(d)}', (x[-1], law.loss(x[-1], d)), xytext=(0, 4), textcoords='offset points',
+                              fontsize=7, ha='right', color='0.3')
         for n in counts:
             if panel != 'n':
                 d = line([run.d for run in everything])
@@ -169,10 +169,9 @@ def draw(path, fitted, unseen, law, predictions):
                       markersize=5, label=f'N = {short(n)}' if panel == 'd' else None)
         for run, (expected, low, high) in zip(unseen, predictions):
             at = getattr(run, panel)
-            axis.plot([at, at], [low, high], '-', color='#D55E00', linewidth=2.2, solid_capstyle='butt',
+            axis.plot([at, at], [low, high], '_-', color='#D55E00', linewidth=1.5, markersize=10, markeredgewidth=1.5,
                       label='90% interval of a run held out' if run is unseen[0] and panel == 'd' else None)
-            axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=6,
-                      markeredgewidth=1.5)
+            axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
         axis.set_xscale('log')
         axis.set_yscale('log')
         axis.set_xlabel(label, fontsize=9)
