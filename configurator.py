@@ -185,7 +185,7 @@ def excepthook(kind, error, trace):
         if isinstance(error, UserError):
             print(' '.join(str(error).split()), file=sys.stderr)  # it may quote an exception of several lines
         elif kind is KeyboardInterrupt:
-            print('interrupted', file=sys.stderr)
+            print(error if error.args else 'interrupted', file=sys.stderr)
         elif line := distributed and distributed.describe(error):
             print(line, file=sys.stderr)
         else:

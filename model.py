@@ -9,7 +9,7 @@ Shapes: B batch, T time (sequence length), C channels (n_embd), H heads, D head 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -100,11 +100,19 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, gain, self.eps).type_as(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 whatever the precision of its input, its gain and its bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def forward(self, x):
+        gain, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, gain, bias, self.eps).type_as(x)
+
+
 def norm(config):
     """The normalisation that config asks for, over the channels."""
     if config.norm == 'rmsnorm':
         return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=config.norm_gain, bias=config.bias)
 
 
 def rope_frequencies(config, device=None):
@@ -246,6 +254,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
         self.init_weights()
+        self.init_rope()
 
     @torch.no_grad()
     def init_weights(self):
@@ -263,6 +272,22 @@ class GPT(nn.Module):
                 p.zero_()
             else:  # the gain of a normalisation
                 p.fill_(1)
+
+    def init_rope(self):
+        """Tables of RoPE's cosines and sines, (block_size, D/2) float32 each, computed on the CPU for every device."""
+        if self.config.position == 'rope':
+            with torch.device('cpu'):
+                frequencies, factor = rope_frequencies(self.config)  # (D/2,)
+                angles = torch.arange(self.config.block_size)[:, None] * frequencies  # (T, D/2)
+            device = self.lm_head.weight.device
+            self.register_buffer('rope_cos', (factor * angles.cos()).to(device), persistent=False)
+            self.register_buffer('rope_sin', (factor * angles.sin()).to(device), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """What .to() and its like call. The tables stay float32, and to_empty() would leave them undefined."""
+        super()._apply(fn, recurse)
+        self.init_rope()
+        return self
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, the vocabulary's padding not counted; nanoGPT's convention leaves out the
@@ -282,49 +307,26 @@ class GPT(nn.Module):
         head = config.n_embd * config.vocab_size
         return 6 * (matrices + head) + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
-    def head(self, x):
-        """Logits (…, V) of hidden states x (…, C)."""
-        logits = self.lm_head(x)[..., :self.config.vocab_size]
-        if self.config.softcap:
-            logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
-        return logits
+    def hidden(self, idx, positions=None, mask=None, cache=None):
+        """Hidden states (B, T, C), after the last normalisation, of token ids idx (B, T) int64.
 
-    def loss(self, x, targets, return_logits=True):
-        """As forward, of hidden states x (B, T, C). A function of its own, for torch.compile to fuse even where fsdp
-        keeps it from compiling all of forward as one: a product, and float32 logits that are never written down."""
-        logits = self.head(x)
-        loss = F.cross_entropy(logits.float().view(targets.numel(), -1), targets.flatten(), ignore_index=-1)
-        return logits if return_logits else None, loss
-
-    def forward(self, idx, targets=None, return_logits=True, positions=None, mask=None, cache=None,
-                reduction='mean'):
-        """Logits and loss of token ids idx (B, T) int64.
-
-        targets: (B, T) int64, the token that follows each one; -1 where it is not scored.
-        positions: (T,) or (B, T) int64, where each token stands; 0 … T-1 by default, after what cache holds.
-        mask: bool, broadcastable to (B, H, T, S), True where a token may look; by default at all before it.
-        cache: what new_cache() gives; it is extended by these T tokens.
-        reduction: 'mean', or 'none' for each token's own loss.
-
-        With targets: logits (B, T, V), or None unless return_logits; the mean loss in nats, a float32 scalar,
-        or (B, T) with reduction='none', 0 where nothing is scored. Without: the last position's logits (B, 1, V), None.
+        positions: (T,) or (B, T) int64, each token's place in its text; by default 0 … T-1, after what cache holds.
+        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default causal.
+        cache: from new_cache(); these T tokens are appended to it.
         """
-        B, T = idx.shape
+        T = idx.size(1)
         if positions is None:
             start = cache[0].length if cache else 0
             if start + T > self.config.block_size:
                 raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
             positions = torch.arange(start, start + T, device=idx.device)
-            if start and T > 1 and mask is None:  # more than one token after what the cache holds
+            if start and T > 1 and mask is None:  # several tokens after what the cache holds
                 mask = positions[:, None] >= torch.arange(start + T, device=idx.device)
-        x = self.transformer.wte(idx)  # (B, T, C)
-        rope = None
+        x, rope = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
         else:
-            frequencies, factor = rope_frequencies(self.config, idx.device)  # (D/2,)
-            angles = (positions[..., None] * frequencies).unsqueeze(-3)  # (1, T, D/2) or (B, 1, T, D/2)
-            rope = angles.cos() * factor, angles.sin() * factor
+            rope = [table[positions].unsqueeze(-3) for table in (self.rope_cos, self.rope_sin)]  # ([B,] 1, T, D/2)
         if self.config.embedding_norm:
             x = self.transformer.ln_e(x)
         x = self.transformer.drop(x)
@@ -333,39 +335,74 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache[i] if cache else None)
-        x = self.transformer.ln_f(x)
+        return self.transformer.ln_f(x)
+
+    def padded_logits(self, x):
+        """Logits of hidden states x (…, C), the vocabulary's padding included."""
+        logits = self.lm_head(x)
+        if self.config.softcap:
+            logits = self.config.softcap * torch.tanh(logits.float() / self.config.softcap)
+        return logits
+
+    def head(self, x):
+        """Logits (…, V) of hidden states x (…, C)."""
+        return self.padded_logits(x)[..., :self.config.vocab_size]
+
+    def loss(self, x, targets, return_logits=True, reduction='mean'):
+        """As forward, of hidden states x (…, C) and targets (…). A method of its own, which torch.compile fuses even
+        where hooks between the blocks keep it from compiling all of forward as one: float32 logits are never stored."""
+        logits, V = self.padded_logits(x), self.config.vocab_size
+        if V < logits.size(-1):  # masked, not cut off: rows that are no multiple of 16 bytes are read element by element
+            padding = torch.arange(logits.size(-1), device=x.device) >= V
+            logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return logits[..., :V] if return_logits else None, loss
+
+    def forward(self, idx, targets=None, return_logits=True, positions=None, mask=None):
+        """(logits, loss) of token ids idx (B, T) int64; positions and mask as in hidden.
+
+        targets: (B, T) int64, the token that follows each one, or -1 where none is scored.
+
+        With targets: logits (B, T, V), or None unless return_logits, and the mean loss in nats, a float32 scalar.
+        Without: the last position's logits (B, 1, V), and None.
+        """
+        x = self.hidden(idx, positions, mask)  # (B, T, C)
         if targets is None:
             return self.head(x[:, [-1]]), None
-        if reduction == 'none':
-            scored = targets != -1  # only these rows need the head, the dearest layer of a small model
-            loss = x.new_zeros(B, T, dtype=torch.float32)
-            loss[scored] = F.cross_entropy(self.head(x[scored]).float(), targets[scored], reduction='none')
-            return None, loss
         return self.loss(x, targets, return_logits)
 
+    def token_losses(self, idx, targets, positions=None, mask=None):
+        """Each token's loss in nats, (B, T) float32, 0 where targets is -1. Arguments as in forward. The head, the most
+        expensive layer of a small model, runs on scored tokens alone."""
+        x, scored = self.hidden(idx, positions, mask), targets != -1
+        losses = torch.zeros(targets.shape, device=x.device)
+        losses[scored] = self.loss(x[scored], targets[scored], False, reduction='none')[1]
+        return losses
+
     def new_cache(self, batch_size, max_len=None, device=None):
-        """An empty cache of keys and values of batch_size rows, for forward(cache=…), with room for max_len tokens
-        (block_size by default). They are what the matrix products give: of the autocast type inside autocast."""
+        """An empty cache of batch_size rows and max_len tokens (by default block_size) for hidden(cache=…). Keys and
+        values have the autocast dtype inside autocast, else the weights' dtype."""
         weight = self.lm_head.weight
-        device = device or weight.device  # where the computing is, when the weights themselves are offloaded
+        device = device or weight.device  # offloaded weights are not where the model computes
         kind = device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return [LayerCache(self.config, batch_size, max_len or self.config.block_size, device, dtype)
                 for _ in self.transformer.h]
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """idx (B, T) int64 continued by max_new_tokens tokens: (B, T + max_new_tokens). options: more of
-        common.generate.stream's, which yields the tokens one by one."""
+        """idx (B, T) int64 continued by max_new_tokens tokens: (B, T + max_new_tokens). options: those of
+        common.generate.stream, which yields the tokens one at a time."""
         from common.generate import stream
         return torch.cat((idx, *stream(self, idx, max_new_tokens, temperature, top_k, **options)), dim=1)
 
     def crop_block_size(self, block_size):
-        """Shorten the context, for instance to finetune GPT-2 on shorter sequences than its 1,024."""
+        """Shorten the context, for instance to finetune GPT-2 on sequences shorter than its 1,024."""
         if block_size > self.config.block_size:
             raise ValueError(f'block_size={block_size} is longer than the weights\' {self.config.block_size}')
         self.config.block_size = block_size
         if self.config.position == 'learned':
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        self.init_rope()
 
     @torch.no_grad()
     def extend_context(self, block_size, rope_theta=0.0, rope_type='', rope_factor=0.0):
@@ -394,12 +431,13 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(F.interpolate(
                 wpe.t()[None], size=block_size, mode='linear', align_corners=True)[0].t().contiguous(), freeze=False)
         vars(config).update(vars(new))  # each block has the same config
+        self.init_rope()
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """A GPT with the weights of a folder that transformers can read, or of a model on the Hugging Face hub:
         'gpt2' (124M), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), or another GPT-2, Llama or
-        Qwen3. overrides: GPTConfig fields that change no weight, such as dropout. Exits with one line that names
+        Qwen3. overrides: GPTConfig fields that change no weight, such as dropout. Raises UserError for
         what GPTConfig has no field for."""
         from common import convert
         from data.errors import UserError
@@ -411,11 +449,10 @@ class GPT(nn.Module):
             raise UserError(f'{name}: {" ".join(str(error).split())[:200]}')
         return model
 
-    def save_pretrained(self, folder, tokenizer='gpt2'):
-        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open, float32. tokenizer: its name.
-        Exits with one line that names the GPTConfig field that transformers has no class for."""
+    def save_pretrained(self, folder, tokenizer='gpt2', dtype='float32'):
+        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer open. tokenizer: its name; dtype:
+        'float32', 'bfloat16' or 'float16'. Raises UserError if it holds a model already, or if transformers has no
+        class for this one."""
         from common import convert
         state_dict = convert.pad_vocab(self.state_dict(), self.config.vocab_size)
-        convert.save(folder, asdict(self.config), state_dict, tokenizer)
-
-
+        convert.save(folder, self.config, state_dict, tokenizer, dtype)

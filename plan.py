@@ -13,7 +13,7 @@ from dataclasses import fields
 
 import torch
 
-from common import laws
+from common import distributed, laws
 from common.device import GPUS
 from configurator import UserError, configure, given
 from data.dataset import Split
@@ -88,13 +88,14 @@ def memory(model, config, gpus):
         # two blocks, since the next is fetched while one computes; the embeddings and their gradient in float32
         parts['gathered'] = 2 * b * block + 8 * outside
 
-    # bytes a token that the backward pass needs of each layer: both inputs of normalisations in float32, and in the
-    # dtype what goes into and out of the products (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
-    kv = c.n_kv_head * c.head_size
-    mlp = (4 if c.mlp == 'swiglu' else 2) * c.n_mlp
-    layer = 8 * c.n_embd + b * (5 * c.n_embd + 2 * kv + c.n_embd + mlp) + (2 * c.n_embd if c.dropout else 0)
+    # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations in
+    # float32, and in the dtype their outputs, q, k, v, attention's output, and the MLP before and after its activation
+    # (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
+    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
+    mlp = (3 if c.mlp == 'swiglu' else 2) * c.n_mlp
+    layer = 8 * c.n_embd + b * (2 * c.n_embd + 2 * q + 2 * kv + mlp) + (2 * c.n_embd if c.dropout else 0)
     layers = 4 * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
-    head = (b + 8) * c.padded_vocab_size  # the logits, as they come and twice in float32
+    head = (b if config['compile'] else b + 8) * c.padded_vocab_size  # the logits; eager, also twice in float32
     parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
     return parts
 
@@ -133,8 +134,8 @@ def report(config):
     model, gpus = empty_model(config), config['gpus']
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
-    step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-            or config['total_batch_size'])
+    steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
+    step = steps * config['batch_size'] * config['block_size'] * gpus
     tokens = step * config['max_iters']
     flops = model.flops_per_token() * tokens
     chinchilla, kaplan = predicted_loss(n, non_embedding, tokens)
