@@ -282,7 +282,7 @@ def load_state(out_dir, source, settings, corpora):
         raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
     dtype = np.dtype(get_tokenizer(settings['tokenizer']).dtype)
     for entry in state['shards']:
-        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open()[0].close()
+        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open().close()
     return state
 
 
