@@ -1,132 +1,225 @@
-"""The optimizers: which parameters each one updates, which of them decay, and Muon."""
+"""The optimizers: which parameters each one updates, which of them decay, Muon, and what decides that a step is skipped."""
 
-from functools import partial
+from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common import distributed
 from common.device import pick_dtype
+from common.distributed import shard_like, to_local
 
 
-def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, sharded=False):
-    """A list of optimizers that together update every parameter of a GPT.
+def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, eps=1e-8, lr_scales={},
+                         cautious_decay=False):
+    """A list of optimizers that together update every parameter of a GPT. Raises ValueError for an unknown name.
 
     'adamw': AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything. Matrices and embeddings decay;
     biases and the gains of normalisations do not.
     'muon': Muon for the matrices inside the blocks, AdamW for the rest. One learning rate serves both.
-    sharded: each process keeps the state of, and updates, some of the parameters, and gets the others from their
-    keepers (ZeRO stage 1; Rajbhandari et al. 2020, arXiv:1910.02054).
+    lr_scales: factors on AdamW's learning rate for {'embeddings': …, 'head': …, 'gains': …} (biases count as gains); see
+    set_lr. A tied head is an embedding.
+    cautious_decay: decay only the weights that the update moves towards zero too (Chen et al. 2025, arXiv:2510.12402).
     """
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f'optimizer={optimizer} is not one of adamw, muon')
-    parameters = dict(model.named_parameters())
-    hidden = {name: p for name, p in parameters.items() if optimizer == 'muon' and '.h.' in name and p.dim() == 2}
-    rest = [p for name, p in parameters.items() if name not in hidden]
-    groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-    fused = rest[0].device.type in ('cuda', 'cpu')  # all parameters in one kernel
-    kinds = [(partial(torch.optim.AdamW, betas=betas, fused=fused), [group for group in groups if group['params']])]
-    if hidden:
+    groups, matrices = {}, {}
+    for name, p in model.named_parameters():
+        if optimizer == 'muon' and '.h.' in name and p.dim() == 2:
+            matrices[name] = p
+        else:
+            kind = ('gains' if p.dim() < 2 else 'head' if name == 'lm_head.weight' else
+                    'matrices' if '.h.' in name else 'embeddings')
+            decay, scale = weight_decay if p.dim() >= 2 else 0.0, lr_scales.get(kind, 1.0)
+            group = groups.setdefault((decay, scale), {'params': [], 'weight_decay': decay, 'lr_scale': scale})
+            group['params'].append(p)
+    first = next(model.parameters())
+    adamw = CautiousAdamW if cautious_decay else torch.optim.AdamW
+    optimizers = [adamw(list(groups.values()), lr=learning_rate, betas=betas, eps=eps,
+                        fused=first.device.type in ('cuda', 'cpu'))]  # all parameters in one kernel
+    if matrices:
         kv = model.config.n_kv_head * model.config.head_size
-        rows = {'c_attn': (model.config.n_embd, kv, kv)}  # queries, keys and values are matrices of their own
+        rows = {'c_attn': (model.config.n_head * model.config.head_size, kv, kv)}  # queries, keys and values are matrices of their own
         if model.config.mlp == 'swiglu':
             rows['c_fc'] = (model.config.n_mlp, model.config.n_mlp)  # so are the gate and what it gates
-        splits = {p: rows.get(name.split('.')[-2], (len(p),)) for name, p in hidden.items()}
-        kinds.append((lambda groups, lr: Muon(groups, [splits[p] for p in groups[0]['params']], lr, share=not sharded),
-                      [{'params': list(hidden.values()), 'weight_decay': weight_decay}]))
-    if sharded:
-        return [ZeroRedundancyOptimizer(params, kind, lr=learning_rate) for kind, params in kinds]
-    return [kind(params, lr=learning_rate) for kind, params in kinds]
+        splits = [rows.get(name.split('.')[-2], (len(p),)) for name, p in matrices.items()]
+        optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay, cautious_decay=cautious_decay))
+    return optimizers
+
+
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group.get('lr_scale', 1.0)
+
+
+def step(optimizers, skip=None):
+    """Update the parameters and drop the gradients. skip: a bool tensor on the device; where it is True nothing changes,
+    and the host need not know."""
+    for optimizer in optimizers:
+        if skip is not None and not optimizer.defaults.get('fused', True):  # PyTorch's other AdamWs take no such tensor
+            if not skip:  # waits for the device
+                optimizer.step()
+        else:
+            optimizer.found_inf = None if skip is None else skip.float()  # as torch.amp.GradScaler says it
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+class SkipRule:
+    """Which steps are skipped: those whose loss or gradient norm is not finite, and, unless skip_spikes is 0, those whose
+    gradient norm exceeds mean + skip_spikes * standard deviations of the last 100 good steps. Decided on the device.
+
+    norms: the history of an earlier run, a list of floats.
+    """
+
+    def __init__(self, skip_spikes, device, norms=()):
+        norms = [float('nan')] * (100 - len(norms)) + list(norms)[-100:]  # with a NaN, nothing is a spike
+        self.skip_spikes = skip_spikes
+        self.norms = torch.tensor(norms, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
+
+    def __call__(self, loss, norm):
+        """loss, norm: scalar tensors, the same on all processes. Returns a bool tensor: skip this step."""
+        skip = ~(loss.isfinite() & norm.isfinite())
+        if self.skip_spikes:
+            skip |= norm > self.norms.mean() + self.skip_spikes * self.norms.std()
+        self.norms = torch.where(skip, self.norms, torch.cat((self.norms[1:], norm[None].to(self.norms))))
+        return skip
+
+    def history(self):
+        """The norms, for a checkpoint."""
+        return [norm for norm in self.norms.tolist() if norm == norm]
+
+
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW whose decay leaves alone the weights that the update moves away from zero."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        decays = [group['weight_decay'] for group in self.param_groups]
+        for group in self.param_groups:
+            group['weight_decay'] = 0.0
+        super().step()
+        for group, decay in zip(self.param_groups, decays):
+            group['weight_decay'] = decay
+            for p in group['params'] if decay else []:
+                decay_cautiously(to_local(p), to_local(self.state[p]['exp_avg']), group['lr'] * decay,
+                                 getattr(self, 'found_inf', None))
+
+
+def decay_cautiously(p, update, rate, skip=None):
+    """p *= 1 - rate where p and the update, which is subtracted from it, have the same sign."""
+    shrink = rate * (p * update > 0)
+    p.mul_(1 - (shrink if skip is None else shrink * (1 - skip.to(p.device))))
 
 
 def orthogonalize(x, steps=5):
-    """Nearly the orthogonal matrix closest to each of x (n, rows, columns), rows <= columns: its singular values
-    become about 1, by the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). Close to 1 is enough, so the coefficients favour speed."""
+    """Nearly the orthogonal matrix closest to each of x (n, rows, columns): its singular values become about 1, by the
+    quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Close to 1
+    is enough, so the coefficients favour speed."""
     a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x
+    return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, matrix by matrix. PyTorch has torch.optim.Muon; this one stacks the
-    matrices of one shape, which is several times faster for small models, and shares the stack among processes.
+    """Nesterov momentum over an exponential average of gradients, orthogonalised matrix by matrix. PyTorch has
+    torch.optim.Muon; this one stacks the matrices of one shape, which is several times faster for small models, and
+    each process orthogonalises a part of the stack.
 
-    params: 2-D parameters. splits: for each the rows of the matrices that it holds, one above the other. share: all
-    processes have the same parameters, or shards of them, so that each orthogonalises only a part of the matrices.
+    params: 2-D parameters. splits: for each the rows of the matrices that it holds, one above the other.
     The update is scaled by 0.2 * sqrt(larger side), to the size that AdamW's updates have (Liu et al. 2025,
     arXiv:2502.16982, section 2.2), so AdamW's learning rate and weight decay serve here too.
     """
 
-    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95, share=True):
+    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95, cautious_decay=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.splits, self.share = splits, share
+        self.cautious_decay = cautious_decay
+        self.stacks = {}  # (shape of a parameter, rows of its matrices) -> parameters
+        for p, rows in zip(self.param_groups[0]['params'], splits):
+            self.stacks.setdefault((p.shape, rows), []).append(p)
         device = str(self.param_groups[0]['params'][0].device)
         self.dtype = torch.bfloat16 if pick_dtype('auto', device) == 'bfloat16' else torch.float32
 
     @torch.no_grad()
     def step(self, closure=None):
         group, = self.param_groups
-        params = group['params']
-        for p in params:
-            if not self.state[p]:
-                self.state[p]['momentum'] = torch.zeros_like(p)
-        here = [local(p) for p in params]
-        grads, momenta = [local(p.grad) for p in params], [local(self.state[p]['momentum']) for p in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        updates = torch._foreach_lerp(grads, momenta, group['momentum'])  # Nesterov's look ahead
-        torch._foreach_mul_(here, 1 - group['lr'] * group['weight_decay'])
-
-        updates = [whole(update.to(self.dtype), p) for p, update in zip(params, updates)]  # a rough iteration follows
-        stacks = {}  # shape -> the pieces of that shape, lying on their long side
-        for update, rows in zip(updates, self.splits):
-            for piece in update.split(rows):
-                piece = piece if piece.size(0) <= piece.size(1) else piece.mT
-                stacks.setdefault(piece.shape, []).append(piece)
-        for shape, pieces in stacks.items():
-            stack = torch.stack(pieces)  # (n, rows, columns)
-            stack = shared(orthogonalize, stack) if self.share else orthogonalize(stack)
-            torch._foreach_copy_(pieces, list(stack * (0.2 * max(shape)**0.5)))
-        for p, mine, update in zip(params, here, updates):
-            mine.add_(part(update, p), alpha=-group['lr'])
-
-
-def local(x):
-    """What this process has of a tensor that fully_shard has cut into shards; any other tensor as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+        lr, momentum = group['lr'], group['momentum']
+        skip = getattr(self, 'found_inf', None)
+        for (_, rows), params in self.stacks.items():
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            here, grads = [to_local(p) for p in params], [to_local(p.grad) for p in params]
+            momenta = [to_local(self.state[p]['momentum']) for p in params]
+            keep = 1.0 if skip is None else 1 - skip.to(here[0].device)  # 0 in a step that is skipped
+            if skip is None:
+                torch._foreach_lerp_(momenta, grads, 1 - momentum)
+            else:
+                for grad in grads:
+                    grad.masked_fill_(keep == 0, 0)  # it may not be finite
+                torch._foreach_mul_(momenta, torch.where(keep == 0, 1.0, momentum))
+                torch._foreach_add_(momenta, grads, alpha=1 - momentum)
+            updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's look ahead
+            stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; a rough iteration follows
+            stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
+            for mine, update in zip(here, stack):
+                if self.cautious_decay:
+                    decay_cautiously(mine, update, lr * group['weight_decay'], skip)
+                else:
+                    mine.mul_(1 - lr * group['weight_decay'] * keep)
+                mine.add_(update * keep if skip is not None else update, alpha=-lr)
 
 
-def whole(mine, like):
-    """The whole matrix of which `mine` is this process's shard, cut as `like` is."""
-    if not isinstance(like, DTensor):
-        return mine
-    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape,
-                              stride=like.stride()).full_tensor()
+def orthogonalize_parts(x, rows):
+    """Orthogonalise and scale each of the matrices that lie one above the other in x (n, sum(rows), columns)."""
+    if len(set(rows)) == 1:
+        parts = [x.reshape(-1, rows[0], x.size(2))]
+    else:
+        parts = x.split(rows, dim=1)
+    parts = [orthogonalize(part) * (0.2 * max(part.shape[1:])**0.5) for part in parts]
+    return torch.cat([part.reshape(len(x), -1, x.size(2)) for part in parts], dim=1)
 
 
-def part(x, like):
-    """The shard of x that this process has of `like`."""
-    if not isinstance(like, DTensor):
-        return x
-    mine = distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).to_local()
-    return mine.to(like.to_local().device)  # the CPU, for offloaded parameters
+class WeightAverage:
+    """An exponential average of a model's weights, to evaluate in their place (Polyak & Juditsky 1992)."""
 
+    def __init__(self, model, decay):
+        self.model, self.decay = model, decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-def shared(function, x):
-    """function(x), of which each process computes its share of the first dimension and all get the whole."""
-    if not dist.is_initialized():
-        return function(x)
-    n, world_size, rank = len(x), dist.get_world_size(), dist.get_rank()
-    share = -(-n // world_size)
-    mine = x.new_zeros(share, *x.shape[1:])
-    part = x[rank * share:(rank + 1) * share]
-    if len(part):
-        mine[:len(part)] = function(part)
-    whole = x.new_empty(world_size * share, *x.shape[1:])
-    dist.all_gather(list(whole.split(share)), mine)
-    return whole[:n]
+    @torch.no_grad()
+    def update(self):
+        """Call it after each step."""
+        pairs = [(to_local(self.weights[name]), to_local(p)) for name, p in self.model.named_parameters()]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)
+
+    @contextmanager
+    def swapped(self):
+        """While in it, the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        distributed.reshard(self.model)
+        for name, p in self.model.named_parameters():
+            a, p = to_local(self.weights[name]), to_local(p)
+            a_before = a.clone()
+            a.copy_(p)
+            p.copy_(a_before)
+
+    def state(self):
+        """{name: whole tensor on the CPU of the first process}, for a checkpoint. All processes call it."""
+        return {name: distributed.gather_to_cpu(x) for name, x in self.weights.items()}
+
+    def load_state(self, state):
+        for name, x in self.weights.items():
+            to_local(x).copy_(to_local(shard_like(state[name], x)))

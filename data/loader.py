@@ -109,10 +109,14 @@ class Loader:
 
     def blocks(self, k, places):
         """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
+        return self.splits[k].read(self.block_starts(k, places), self.block_size + 1)
+
+    def block_starts(self, k, places):
+        """(n,) int64: the tokens of dataset k at which the blocks at these places of its endless order start."""
         epochs, index = np.divmod(places, self.n_blocks[k])
         for epoch in set(epochs.tolist()):
             index[epochs == epoch] = self.starts(k, epoch, index[epochs == epoch])
-        return self.splits[k].read(index, self.block_size + 1)
+        return index
 
     def starts(self, k, epoch, index):
         """(n,) int64: the token at which the index-th blocks, (n,), of an epoch of dataset k start."""
@@ -137,15 +141,15 @@ class Loader:
             x, y = batch.to(self.device)
         return x, y
 
-    def eval_batches(self, n_batches):
+    def eval_batches(self, n_blocks):
         """
-        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same at each call,
+        The first n_blocks blocks of the split (fewer if it has fewer) in sequence, the same at each call,
         divided among the processes. Every process gets the same number of x, y: (B, T), since all take part in
         each forward pass; rows without a block have y = -1. For a mixture, evaluate its `parts`.
         """
         assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
-        total = min(n_batches * B, self.n_blocks[0])
+        total = min(n_blocks, self.n_blocks[0])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
             yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))

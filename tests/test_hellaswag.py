@@ -59,6 +59,10 @@ def simple_way(model, tokenizer, item):
     return losses, lengths
 
 
+def evaluate(model, tokenizer, items, **how):
+    return hellaswag.evaluate(model, hellaswag.prepare(items, tokenizer, model.config.block_size), **how)
+
+
 def assert_same(result, simple):
     losses, lengths = (torch.tensor(x) for x in zip(*simple))
     assert torch.equal(result['lengths'], lengths)
@@ -74,19 +78,19 @@ def test_same_as_the_simple_way(items, fields):
     """Learned and rotary positions; and contexts that must be cut, endings too, where 64 bytes are too few."""
     model, tokenizer = small_gpt(**fields), get_tokenizer('bytes')
     some = items[::10] + [{**ITEM, 'ctx': ''}, {**ITEM, 'endings': ['', 'a', 'b', 'cd']}]
-    assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
+    assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
 @needs_gpt2
 def test_same_as_the_simple_way_with_gpt2s_tokens(items):
     model, tokenizer = small_gpt(vocab_size=50257, n_embd=16), get_tokenizer('gpt2')
     some = items[::20]
-    assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
+    assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
 def test_same_as_the_simple_way_on_1000_items(items):
     model, tokenizer = small_gpt(n_layer=1), get_tokenizer('bytes')
-    result = hellaswag.evaluate(model, tokenizer, items)
+    result = evaluate(model, tokenizer, items)
     simple = [simple_way(model, tokenizer, item) for item in items]
     assert_same(result, simple)
     summed = [losses for losses, _ in simple]
@@ -101,7 +105,7 @@ def test_the_score_is_of_the_ending_not_of_its_length():
     """A model that finds every byte equally likely takes the shortest ending for acc; for acc_norm all are alike."""
     model = small_gpt()
     torch.nn.init.zeros_(model.lm_head.weight)
-    result = hellaswag.evaluate(model, get_tokenizer('bytes'), [ITEM, {**ITEM, 'label': 2}])
+    result = evaluate(model, get_tokenizer('bytes'), [ITEM, {**ITEM, 'label': 2}])
     ln_V = torch.log(torch.tensor(257.0)).item()
     assert result['lengths'].tolist() == [[len(' ' + ending) for ending in ITEM['endings']]] * 2
     torch.testing.assert_close(result['losses'] / result['lengths'], torch.full((2, 4), ln_V, dtype=torch.float64))
@@ -112,35 +116,35 @@ def test_batches_change_nothing(items):
     """Sizes of batches, from one row to all of them; rows stay under the budget; the items' order is kept."""
     model, tokenizer = small_gpt(), get_tokenizer('bytes')
     sizes = []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
-    one = hellaswag.evaluate(model, tokenizer, items[:40], batch_tokens=1)
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    one = evaluate(model, tokenizer, items[:40], batch_tokens=1)
     assert len(sizes) == 40
     sizes.clear()
-    several = hellaswag.evaluate(model, tokenizer, items[:40], batch_tokens=5000)
+    several = evaluate(model, tokenizer, items[:40], batch_tokens=5000)
     assert 2 < len(sizes) < 20 and max(sizes) <= 5000
     torch.testing.assert_close(one['losses'], several['losses'], rtol=1e-5, atol=1e-4)
-    backwards = hellaswag.evaluate(model, tokenizer, items[:40][::-1], batch_tokens=5000)
+    backwards = evaluate(model, tokenizer, items[:40][::-1], batch_tokens=5000)
     torch.testing.assert_close(backwards['losses'].flip(0), several['losses'], rtol=1e-5, atol=1e-4)
 
 
 def test_compiled_and_in_bfloat16(items):
     model, tokenizer = small_gpt(), get_tokenizer('bytes')
-    expected = hellaswag.evaluate(model, tokenizer, items[:20])
-    low = hellaswag.evaluate(model, tokenizer, items[:20], dtype='bfloat16')
+    expected = evaluate(model, tokenizer, items[:20])
+    low = evaluate(model, tokenizer, items[:20], dtype='bfloat16')
     torch.testing.assert_close(low['losses'], expected['losses'], rtol=0.05, atol=0.5)
-    compiled = hellaswag.evaluate(torch.compile(model, backend='aot_eager'), tokenizer, items[:20])
+    compiled = evaluate(torch.compile(model, backend='aot_eager'), tokenizer, items[:20])
     torch.testing.assert_close(compiled['losses'], expected['losses'], rtol=1e-4, atol=1e-4)
 
 
 WORKER = '''
 import sys, torch, torch.distributed as dist, hellaswag
 from data.tokenizer import get_tokenizer
-from test_hellaswag import small_gpt
+from test_hellaswag import evaluate, small_gpt
 dist.init_process_group('gloo')
 model, passes = small_gpt(), []
-model.register_forward_pre_hook(lambda module, args: passes.append(1))
+model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
 items = hellaswag.load_items(sys.argv[1])
-result = hellaswag.evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
+result = evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
 torch.save(result | {'passes': len(passes)}, f'{sys.argv[2]}/{dist.get_rank()}.pt')
 dist.destroy_process_group()
 '''
@@ -156,7 +160,7 @@ def test_processes_share_the_items(tmp_path, items):
                    env=environment(PYTHONPATH=f'{ROOT}:{ROOT}/tests'))
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['passes'] == second['passes']
-    alone = hellaswag.evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
+    alone = evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
     for result in first, second:
         torch.testing.assert_close(result['losses'], alone['losses'], rtol=1e-5, atol=1e-4)
         assert result['acc'] == alone['acc'] and result['acc_norm'] == alone['acc_norm']
