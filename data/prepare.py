@@ -269,6 +269,8 @@ def load_state(out_dir, source, settings, corpora):
     try:
         state = json.loads(path.read_text())
         complete = path.name == 'meta.json'
+        if complete and state['format'] != 1:
+            raise ValueError(f'it has format {state["format"]}')
         if not complete and not state['shards']:
             return new
         check_entries(state['shards'], *[FIRST] * (not complete))
