@@ -8,6 +8,7 @@ Continue after a stop:   the same command with --init_from=resume
 A setting is overridden by a file of assignments or by --name=value; the last one wins.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -21,10 +22,9 @@ from datetime import timedelta
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, log
-from common.device import autocast, peak_flops, pick_compile, pick_dtype
+from common import checkpoint, distributed, files, log, optimizers
+from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
-from common.optimizers import configure_optimizers
 from configurator import UserError, configure, given
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
@@ -34,7 +34,9 @@ from model import GPT, GPTConfig
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # checkpoints (ckpt.pt) and the log (log.jsonl)
-init_from = 'scratch'  # or 'resume'; 'auto': resume if there is a checkpoint; or weights: 'gpt2' … 'gpt2-xl', a folder, a .pt
+# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one), or the
+# weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
+init_from = 'scratch'
 eval_interval = 250  # steps between evaluations, each with a checkpoint
 eval_tokens = 10_485_760  # tokens of validation data in an evaluation, always the same ones
 eval_iters = 0  # the same as a number of batches of batch_size sequences, as in nanoGPT; 0: eval_tokens decides
@@ -46,6 +48,7 @@ hellaswag_interval = 250  # steps between HellaSwag scores; 0 disables
 hellaswag_limit = 0  # score only the first items; 0: all 10,042
 hellaswag_data = ''  # a file of items; empty: the validation set, downloaded once
 sample_interval = 250  # steps between samples of the model's text; 0 disables
+curves = True  # redraw out_dir/curves.png at each evaluation, where matplotlib is installed
 log_to = ''  # also log to any of wandb, tensorboard, trackio, as 'wandb,tensorboard'
 wandb_log = False  # the same as log_to = 'wandb'
 wandb_project = 'gpt2'
@@ -119,20 +122,15 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 # processes, device and precision
 
-device = distributed.init(device, backend, dist_timeout)
+device = distributed.init(device, backend, dist_timeout, cpu_tensors=cpu_offload)
 distributed.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
-lr_decay_iters = lr_decay_iters or max_iters
-accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
-tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
-if note:
-    print0(note)
 
 
 def check_settings():
-    """Raise UserError for settings that contradict each other; name the given ones that this run does not use."""
+    """Raise UserError for settings that contradict each other; print the given ones that this run does not use."""
     if decay_lr and min_lr > learning_rate:
         raise UserError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
     if profile and max_iters < 7:
@@ -140,7 +138,7 @@ def check_settings():
     unused = ((not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
               (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
               (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
-              (not wandb_log and 'wandb' not in log_to, 'wandb_project wandb_run_name', 'wandb_log is False'))
+              ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False'))
     for condition, names, reason in unused:
         if condition and (names := [name for name in names.split() if name in given]):
             print0(f'not used: {", ".join(names)} ({reason})')
@@ -148,7 +146,13 @@ def check_settings():
         print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters})')
 
 
+trackers = f'{log_to},wandb' if wandb_log else log_to
 check_settings()
+lr_decay_iters = lr_decay_iters or max_iters
+accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
+tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
+if note:
+    print0(note)
 
 # -----------------------------------------------------------------------------
 # data
@@ -158,72 +162,76 @@ loading = dict(batch_size=batch_size, block_size=block_size, rank=distributed.ra
 train_data = Loader(dataset, 'train', **loading, shuffle=shuffle, seed=seed)
 val_data = Loader(dataset, 'val', **loading, shuffle=False)
 tokenizer = get_tokenizer(train_data.tokenizer)
-if eval_iters and 'eval_tokens' not in list(given)[list(given).index('eval_iters'):]:
+if eval_iters and 'eval_tokens' not in [*given][[*given, 'eval_iters'].index('eval_iters'):]:
     eval_tokens = eval_iters * batch_size * block_size
 
 # -----------------------------------------------------------------------------
 # model: from scratch, from this run's checkpoint, or from other weights
 
-step, best_val_loss, resumed = 0, math.inf, None
 ckpt_path, log_path = os.path.join(out_dir, checkpoint.NAME), os.path.join(out_dir, 'log.jsonl')
+saving = distributed.master and not eval_only  # this process writes into out_dir
+lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving and os.path.isdir(out_dir) else None
 
 
 def get_model():
-    """(GPT on the CPU, name of its tokenizer, checkpoint to resume from or None), as init_from says."""
+    """(GPT on the CPU, name of its tokenizer, checkpoint to resume or None, its path), as init_from says."""
     source = init_from
-    if source == 'auto':
-        source = distributed.all_gather('resume' if os.path.exists(ckpt_path) else 'scratch')[0]
+    if source == 'auto' or source.startswith('resume:') and distributed.restarts:
+        found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
+        source = distributed.all_gather(found)[0]
     if source == 'scratch':
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), tokenizer.name, None
-    if source != 'resume':
-        return *checkpoint.pretrained(source, dropout=dropout), None
-    saved = checkpoint.load(ckpt_path)
-    if 'data' not in saved:
-        raise UserError(f'{ckpt_path} holds weights alone, no training state: --init_from={ckpt_path} starts from them')
-    if saved['config']['optimizer'] != optimizer:
-        raise UserError(f'{ckpt_path} has the state of {saved["config"]["optimizer"]}: --init_from={ckpt_path} starts '
-                        'from its weights alone')
-    return checkpoint.model_from(saved, dropout=dropout), saved['tokenizer'], saved
+        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), tokenizer.name, None, ''
+    path = checkpoint.resume_path(source, out_dir)
+    if not path:
+        return *checkpoint.pretrained(source, dropout=dropout), None, ''
+    saved = checkpoint.load(path, resume=True)
+    taken, changed = checkpoint.compare_settings(saved, path, config, given)
+    config.update(taken)
+    if taken:
+        print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
+    if changed:
+        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+    return checkpoint.model_from(saved, dropout=dropout), saved['tokenizer'], saved, path
 
 
-def check_model(model, vocabulary):
-    """Raise UserError if the model does not fit the data or the given settings; shorten its context to block_size."""
+def fit_model(model, vocabulary):
+    """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
     if vocabulary != tokenizer.name:
-        raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} '
-                        'tokens')
+        raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
+    longer = block_size > model.config.block_size
+    if longer and resumed:
+        raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start from its '
+                        f'weights with --init_from={resumed_path}')
+    if longer:
+        model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
+                                            if name in given})
+        return
     for name, value in asdict(model.config).items():
         if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] not in (value, 0):
             raise UserError(f'{given[name]}: the weights have {name}={value}')
-    if block_size > model.config.block_size:
-        raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were '
-                        'trained for')
     model.crop_block_size(block_size)
 
 
 try:
-    model, vocabulary, resumed = get_model()
-    check_model(model, vocabulary)
+    model, vocabulary, resumed, resumed_path = get_model()
+    fit_model(model, vocabulary)
     model.activation_checkpointing = activation_checkpointing
     compiled = pick_compile(compile, device)
-    if compiled:
-        model.compile()
-    train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload)
-    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2),
-                                      sharded=parallel == 'zero1')
+    train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
+    opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 except ValueError as error:  # settings that make no model
     raise UserError(error) from None
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
 
-# what a step is compared with: the losses and gradient norms of the last 100 good ones
-skipped, bad_steps, recent = 0, 0, deque(maxlen=100)
+step, best_val_loss, skipped, bad_steps = 0, math.inf, 0, 0  # bad_steps: skipped in a row
 if resumed:
     step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
-    recent.extend(resumed['recent'])
-    checkpoint.set_optimizer_state(model, optimizers, resumed['optimizer'])
+    checkpoint.restore_optimizers(model, opts, resumed['optimizer'])
     if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
+skip_rule = optimizers.SkipRule(skip_spikes, device, resumed or {})
 
 
 def get_lr(step):
@@ -239,12 +247,6 @@ def get_lr(step):
         left = min(1.0, left / wsd_decay)
     return min_lr + left * (learning_rate - min_lr)
 
-
-def is_spike(values):
-    """Does the loss or the gradient norm exceed its recent mean by skip_spikes standard deviations?"""
-    return skip_spikes and len(recent) == recent.maxlen and any(
-        value > statistics.fmean(past) + skip_spikes * statistics.stdev(past) for value, past in zip(values, zip(*recent)))
-
 # -----------------------------------------------------------------------------
 # evaluation
 
@@ -255,14 +257,14 @@ class Stopped(Exception):
 
 @torch.no_grad()
 def validation_loss(data):
-    """Mean loss in nats over the first eval_tokens tokens of a split, by all processes together."""
+    """Mean loss in nats over the first eval_tokens tokens of a split, by all processes together. Raises Stopped."""
     total = count = 0
     for x, y in data.eval_batches(max(1, eval_tokens // block_size)):
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
         total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
-        if distributed.stop_agreed(device):
+        if not eval_only and distributed.stop_agreed(device):
             raise Stopped
     total, count = distributed.all_sum(total, count, device=device)
     return total / count
@@ -277,20 +279,20 @@ def sample():
             print0(f'  > {tokenizer.decode(row[1:])!r}')
 
 
-def due(interval):
-    return interval > 0 and (step % interval == 0 or step == max_iters or eval_only)
-
-
 def get_hellaswag():
     """HellaSwag's items, tokenized; none, and a line that says so, if they were not asked for and can't be downloaded."""
     try:
         items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
-        return hellaswag.prepare(items, tokenizer, model.config.block_size)
     except UserError as error:
         if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
             raise
         print0(f'HellaSwag is not scored: {error}; --hellaswag_interval=0 turns it off')
-        return []
+        items = []
+    return hellaswag.prepare(items, tokenizer, model.config.block_size)
+
+
+def due(interval):
+    return interval > 0 and (step % interval == 0 or step == max_iters or eval_only)
 
 
 def evaluate():
@@ -319,34 +321,36 @@ def evaluate():
     model.train()
     return result
 
-
 # -----------------------------------------------------------------------------
 # log and checkpoints
 
 
 def save(best=False):
     """Write what an exact resume needs, in the background once it is copied."""
-    state = (checkpoint.sharded_state(model, optimizers, out_dir) if sharded_checkpoints
-             else distributed.training_state(model, optimizers))
+    state = (checkpoint.sharded_state(model, opts, out_dir) if sharded_checkpoints
+             else distributed.training_state(model, opts))
     state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
-              'recent': list(recent)}
+              **skip_rule.state_dict()}
     checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
-def write_log(entry):
-    if distributed.master:
-        log.write(log_path, entry)
-        if wandb_log:
-            wandb.log(entry, step=entry['step'])
+def draw_curves():
+    """out_dir/curves.png, if it can be drawn."""
+    try:
+        from plot import curves
+        curves([out_dir], os.path.join(out_dir, 'curves.png'))
+    except (UserError, OSError) as error:
+        if not os.path.exists(os.path.join(out_dir, 'curves.png')) and 'matplotlib' not in str(error):
+            print0(f'no curves.png: {error}')
 
 
 def progress_line(entry, note=''):
     """A step's line, or as much of it as the terminal is wide."""
-    left = timedelta(seconds=round((max_iters - step) * statistics.median(durations)))
-    parts = {'step': f'step {step}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}', 'lr': f'lr {entry["lr"]:.2e}',
-             'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
+    left = timedelta(seconds=round((max_iters - entry['step']) * statistics.median(durations)))
+    parts = {'step': f'step {entry["step"]}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}',
+             'lr': f'lr {entry["lr"]:.2e}', 'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
              'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     for name in 'mfu', 'ms', 'lr', 'norm', '':
@@ -356,33 +360,57 @@ def progress_line(entry, note=''):
     return line
 
 
-if distributed.master and not eval_only:
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'out_dir={out_dir} cannot be made: {error.strerror}')
-    if resumed:
-        log.rewind(log_path, step)
-    else:
-        log.archive_previous_run(out_dir)
-rows = get_hellaswag()
-if wandb_log and distributed.master:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log needs Weights & Biases: pip install wandb')
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+def finish_step(step, lr, numbers, data_s):
+    """Log a step whose numbers are known by now. Returns whether a signal came."""
+    global bad_steps, skipped, finished
+    loss, grad_norm, skip, stop = numbers()
+    bad_steps, skipped = (bad_steps + 1 if skip else 0), skipped + int(skip)
+    finished, before = time.perf_counter(), finished
+    seconds = finished - before
+    durations.append(seconds)
+    entry = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
+             'tokens_per_s': tokens_per_step / seconds, 'mfu': model.flops_per_token() * tokens_per_step / seconds / peak,
+             'skipped': skipped, 'data_ms': data_s * 1e3}
+    if 'cuda' in device:
+        entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
+    if step % log_interval == 0 or step == max_iters or skip:
+        print0(progress_line(entry, f' | skipped ({skipped} so far)' if skip else ''))
+        write_log(entry)
+    if bad_steps == max_bad_steps:
+        checkpoint.wait()
+        raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {loss:.4g}, norm '
+                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+    return bool(stop)
 
+
+def step_is_slow(seconds):
+    """Tell the user early that a step takes longer than a minute, and what makes it shorter."""
+    if seconds > 60:
+        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of {batch_size} x '
+               f'{block_size} tokens; a smaller total_batch_size, block_size or model is faster')
+
+
+rows = get_hellaswag()
 peak = peak_flops(dtype, device) * distributed.world_size
 n_params = model.get_num_params()
 print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
        f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
-if not eval_only:
+write_log = lambda entry: None
+if saving:  # from here on out_dir is this run's
+    lock = lock or files.lock(out_dir)
+    started = log.start_trackers(trackers, wandb_project, wandb_run_name, config, out_dir, step)
+    if not resumed or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
+        log.archive_previous_run(out_dir)
+    else:
+        if resumed_path != ckpt_path:
+            log.archive_previous_run(out_dir, after=step)
+        log.rewind(log_path, step)
+    write_log = log.Log(log_path, started).write
     write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
                'data': train_data.state_dict()})
 
 tracer = None
-if profile and distributed.master:
+if profile and saving:
     tracer = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
@@ -396,80 +424,93 @@ del resumed
 # -----------------------------------------------------------------------------
 # the loop
 
-distributed.catch_signals()
-durations = deque(maxlen=50)  # seconds of the last steps
+if not eval_only:
+    distributed.stop_on_signals()
+stop, first, unfinished = False, step, deque()  # unfinished: steps whose numbers are still on the device
+durations, finished = deque(maxlen=50), time.perf_counter()  # seconds of the last steps; when the last one finished
 model.train()
 while True:
-    # evaluate, and keep what was learned so far
-    if due(eval_interval) or due(hellaswag_interval) or due(sample_interval) or eval_only:
-        result = evaluate()
-        if eval_only:
-            break
-        write_log(result)
-        improved = result.get('val_loss', math.inf) < best_val_loss
-        if step > 0 and math.isfinite(result.get('val_loss', math.nan)) and (improved or always_save_checkpoint):
-            best_val_loss = min(best_val_loss, result['val_loss'])
-            save(best=improved)
-    if step >= max_iters:
+    # evaluate; the checkpoint comes first, so that nothing is lost while it takes its time
+    if due(eval_interval) or due(hellaswag_interval) or due(sample_interval):
+        while unfinished:
+            stop |= finish_step(*unfinished.popleft())
+        checkpoint_due = due(eval_interval) and step > first and not eval_only
+        if checkpoint_due and always_save_checkpoint:
+            save()
+        if step == first and due(eval_interval):
+            print0(f'evaluating on {min(eval_tokens, sum(data.n_tokens for data in val_data.splits)):,} tokens')
+        try:
+            result = evaluate()
+        except Stopped:
+            stop = True
+        else:
+            write_log(result)
+            if checkpoint_due and result['val_loss'] < best_val_loss:
+                best_val_loss = result['val_loss']
+                if always_save_checkpoint:
+                    checkpoint.keep_best(out_dir)
+                else:
+                    save(best=True)
+            if curves and saving and 'val_loss' in result:
+                distributed.in_background(draw_curves)
+        finished = time.perf_counter()
+    if step >= max_iters or eval_only or stop:
         break
 
     # forward and backward; gradients add up over the micro-batches
-    began = time.perf_counter()
-    lr = get_lr(step)
+    began, data_s = time.perf_counter(), 0.0
+    before = train_data.state_dict(), checkpoint.random_state(device)
     train_loss = 0
     for micro_step in range(accumulation_steps):
+        waiting = time.perf_counter()
         x, y = train_data.next_batch()  # (B, T) each
+        data_s += time.perf_counter() - waiting
         distributed.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
             _, loss = train_model(x, y, return_logits=False)
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
-
-    # clip; agree on the step's numbers, and on whether a signal came: the only host-device sync of a step
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    grad_norm = distributed.clip_grad_norm(model, grad_clip)
-    train_loss, grad_norm, stop = distributed.all_sum(train_loss / distributed.world_size, grad_norm / distributed.world_size,
-                                                      distributed.stop_requested() > 0, device=device)
-    good = math.isfinite(train_loss) and math.isfinite(grad_norm) and not is_spike((train_loss, grad_norm))
-
-    # step, unless it would do harm
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = lr
-        if good:
-            scaler.step(opt)
-        opt.zero_grad(set_to_none=True)
-    scaler.update()
-    if good:
-        bad_steps = 0
-        recent.append((train_loss, grad_norm))
-    else:
-        bad_steps, skipped = bad_steps + 1, skipped + 1
-    step += 1
-
-    # log
-    if tracer:
-        tracer.step()
-    seconds = time.perf_counter() - began
-    durations.append(seconds)
-    entry = {'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
-             'tokens_per_s': tokens_per_step / seconds, 'mfu': model.flops_per_token() * tokens_per_step / seconds / peak,
-             'skipped': skipped}
-    if step % log_interval == 0 or step == max_iters or not good:
-        print0(progress_line(entry, '' if good else f' | skipped ({skipped} so far)'))
-        write_log(entry)
-    if bad_steps == max_bad_steps:
-        checkpoint.wait()
-        raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {train_loss:.4g}, norm '
-                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
-    if stop and good:
-        save()
-        if checkpoint.wait():
-            print0(f'saved {ckpt_path} at step {step}; --init_from=resume continues from it')
+        if step == first and micro_step == 0:
+            step_is_slow((time.perf_counter() - began) * accumulation_steps)
+        if distributed.world_size == 1 and distributed.stop_requested() and micro_step < accumulation_steps - 1:
+            stop = True  # one process need not finish a long step: it will be repeated
+            train_data.load_state_dict(before[0])
+            checkpoint.set_random_state(before[1], device)
+            break
+    if stop:
         break
 
+    # clip; sum over the processes; skip a step that would do harm, which the device decides
+    for opt in opts:
+        scaler.unscale_(opt)
+    grad_norm = distributed.clip_grad_norm(model, grad_clip)
+    numbers = distributed.sum_over_ranks(train_loss / distributed.world_size, grad_norm / distributed.world_size,
+                                         distributed.stop_requested() > 0, device=device)
+    skip = skip_rule(*numbers[:2])
+    lr = get_lr(step)
+    optimizers.set_lr(opts, lr)
+    optimizers.step(opts, skip)
+    scaler.update()
+    step += 1
+    if tracer:
+        tracer.step()
+
+    # log; from a GPU the numbers of the step before, so that the host never waits for the device
+    unfinished.append((step, lr, fetch(torch.stack((*numbers[:2], skip, numbers[2]))), data_s))
+    while len(unfinished) > ('cuda' in device):
+        stop |= finish_step(*unfinished.popleft())
+    if step == first + 1:
+        gc.freeze()  # what lives this long lives to the end: the collector need not look at it again
+    if stop:
+        break
+
+while unfinished:
+    finish_step(*unfinished.popleft())
+if stop and bad_steps == 0:
+    save()
 saved = checkpoint.wait()
+if stop and saved and not bad_steps:
+    print0(f'saved {ckpt_path} at step {step}; --init_from=resume continues from it')
 distributed.shutdown()
 if not saved:
     sys.exit(1)

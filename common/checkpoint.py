@@ -74,6 +74,16 @@ def save(checkpoint, out_dir, best=False, keep=0):
         writing = distributed.in_background(write, checkpoint, Path(out_dir), best, keep)
 
 
+def keep_best(out_dir):
+    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it. All processes call it."""
+    def copy(written=writing):
+        if written and written.result():
+            warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, Path(out_dir, NAME))
+
+    if distributed.master:
+        distributed.in_background(copy)
+
+
 def wait():
     """Until the checkpoint that is being written is on the disk. Returns False if it could not be written."""
     return writing is None or distributed.result(writing)

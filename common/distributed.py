@@ -33,6 +33,7 @@ from data.errors import UserError
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
+restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))  # by torchrun, after a failure
 master = rank == 0  # the process that prints, logs and saves
 
 store = None  # torch.distributed's key-value store, a part of it that belongs to these processes
