@@ -10,7 +10,6 @@ safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
 import itertools
-import math
 import numbers
 import os
 import pickle
@@ -116,7 +115,7 @@ def write(checkpoint, out_dir, best, keep):
         print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): {previous}',
               file=sys.stderr, flush=True)
         return False
-    for _, path in [*numbered(out_dir, step)][keep:] if keep else []:
+    for _, path in [*files.numbered(out_dir, step)][keep:] if keep else []:
         warn_if_failed('removed', path, Path.unlink)
     if 'shards' in checkpoint:
         warn_if_failed('cleared of unused shards', out_dir, remove_unused_shards)
@@ -129,12 +128,6 @@ def warn_if_failed(done, path, function, *args):
         function(*args, path)
     except OSError as error:
         print(f'{path} could not be {done}: {files.reason(error)}', file=sys.stderr, flush=True)
-
-
-def numbered(out_dir, last=math.inf):
-    """[(step, path)] of the kept checkpoints up to step `last`, the newest first."""
-    names = [(re.fullmatch(r'ckpt_(\d{6,})\.pt', path.name), path) for path in Path(out_dir).glob('ckpt_*.pt')]
-    return sorted(((int(name[1]), path) for name, path in names if name and int(name[1]) <= last), reverse=True)
 
 
 def remove_unused_shards(out_dir):
@@ -228,7 +221,7 @@ def alternative(path):
     folder = Path(path).parent
     archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
                       key=lambda path: -int(path.name.split('.')[0]))
-    for other in *(path for _, path in numbered(folder)), *archived:
+    for other in *(path for _, path in files.numbered(folder)), *archived:
         if str(other) != str(Path(path)) and not find_damage(other):
             return f'--init_from=resume:{other} takes the newest whole one'
     return ''
@@ -263,16 +256,16 @@ def check_entries(checkpoint, path, resume):
     if not resume:
         return
     is_a(dict, 'optimizer', 'data', 'config', 'scaler')
-    is_a(list, 'random', 'norms')
+    is_a(list, 'random')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
     expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
     is_a(numbers.Real, 'best_val_loss')
-    expect(all(isinstance(norm, float) for norm in checkpoint['norms']), 'norms', 'a list of floats')
+    for name in 'losses', 'norms':  # of the last steps
+        expect(isinstance(past := checkpoint.get(name, []), list) and all(isinstance(x, float) for x in past), name,
+               'a list of floats')
     expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
                and 'cpu' in state for state in checkpoint['random']), 'random', 'a list of random number generators\' states')
-    expect(all(isinstance(x, dict) and isinstance(x.get('drawn'), int) and x['drawn'] >= 0 for x in checkpoint['data'].values()),
-           'data', 'a position in each dataset')
     state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
     expect(isinstance(state, dict) and all(isinstance(x, dict) for x in state.values()) and isinstance(groups, list)
            and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups), 'optimizer',
@@ -309,25 +302,33 @@ def check_weights(checkpoint, path):
         problems.append(f'the checkpoint has {some(other)}')
     if problems:
         raise UserError(f'{path} does not fit model.py: {"; ".join(problems)}')
-    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
-        raise UserError(f'{path}: {some(bad)} not finite (NaN or infinity)')
+    check_finite(weights, path)
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
-            if isinstance(x, torch.Tensor) and x.numel() > 1 and (name not in weights or x.shape != weights[name].shape):
-                raise UserError(f'{path}: the optimizer\'s {key} of {name} has the shape {tuple(x.shape)}, not that of a weight')
+            if not isinstance(x, torch.Tensor) or x.dim() and (name not in weights or x.shape != weights[name].shape):
+                raise UserError(f'{path}: {key} of {name} in its optimizer is not a tensor of the weight\'s shape')
+    for group in optimizer.get('param_groups', []):
+        if len({frozenset(optimizer['state'].get(name, ())) for name in group['params'] if isinstance(name, str)}) > 1:
+            raise UserError(f'{path}: a part of its optimizer\'s state is missing')
+
+
+def check_finite(weights, path):
+    """Raise UserError that names the weights with NaN or infinity."""
+    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
+        raise UserError(f'{path}: {some(bad)} has values that are not finite')
 
 
 def some(names):
     """The first three names and how many more there are."""
-    names = sorted(names)
+    names = sorted(map(str, names))
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def compare_settings(checkpoint, path, config, given):
     """What a resumed run's settings are, beside those that the checkpoint was written with.
 
-    config: {name: value} of this run; given: the names that the user set. Returns (taken, changed): the model's
+    config: {name: value} of this run; given: {name: where} of those that the user set. Returns (taken, changed): the model's
     settings that come from the checkpoint instead, {name: value}, and the settings that take effect from here on,
     {name: (then, now)}. Raises UserError for one that can't take effect.
     """
@@ -342,9 +343,8 @@ def compare_settings(checkpoint, path, config, given):
 
     model = fixed.keys() & config.keys() - {'dropout', 'block_size'}  # these may change
     taken = {name: fixed[name] for name in config if name in model and resolve(name) != fixed[name]}
-    if wrong := [f'{name}={config[name]} ({fixed[name]})' for name in taken if name in given]:
-        raise UserError(f'{path} holds another model than {", ".join(wrong)} asks for: leave out what it has in brackets, '
-                        'or train from scratch')
+    if wrong := [name for name in taken if name in given]:
+        raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}')
     if then.get('optimizer', config['optimizer']) != config['optimizer']:
         raise UserError(f'{path} has the state of {then["optimizer"]}: --init_from={path} starts from its weights alone')
     if config['max_iters'] < checkpoint['iter_num']:
@@ -354,12 +354,10 @@ def compare_settings(checkpoint, path, config, given):
 
 
 def restore_optimizers(model, optimizers, state):
-    """Give the optimizers their saved state (moments, steps). Hyperparameters (weight_decay, betas) stay this run's."""
-    ours = [[{k: v for k, v in group.items() if k != 'params'} for group in opt.param_groups] for opt in optimizers]
+    """Give the optimizers their saved state (moments, steps). Learning rate, weight decay and betas stay this run's."""
+    if missing := [name for name, _ in model.named_parameters() if name not in state['state']]:
+        raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
     distributed.set_optimizer_state(model, optimizers, state)
-    for opt, groups in zip(optimizers, ours):
-        for group, hyperparameters in zip(opt.param_groups, groups):
-            group.update(hyperparameters)
 
 
 def add_shards(checkpoint, path):
@@ -409,8 +407,5 @@ def load_model(init_from, out_dir, device):
     if init_from in ('scratch', 'auto'):
         raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
     model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise UserError(f'{init_from}: the weights {name} are not finite')
     return model.to(device).eval(), tokenizer
 

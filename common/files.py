@@ -1,6 +1,7 @@
 """Files in out_dir: reserved for one run, replaced only by complete ones, never removed unless this program made them."""
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -69,6 +70,12 @@ def copy(source, path):
                 pass
         except (AttributeError, OSError):  # only Linux has it, and not for every file system
             shutil.copyfileobj(old, new, 1 << 20)
+
+
+def numbered(out_dir, last=math.inf):
+    """[(step, path)] of the checkpoints ckpt_000250.pt and so on up to step `last`, the newest first."""
+    names = [(re.fullmatch(r'ckpt_(\d{6,})\.pt', path.name), path) for path in Path(out_dir).glob('ckpt_*.pt')]
+    return sorted(((int(name[1]), path) for name, path in names if name and int(name[1]) <= last), reverse=True)
 
 
 def reason(error):

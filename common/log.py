@@ -8,10 +8,11 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from common import checkpoint, files
+from common import files
 from data.errors import UserError
 
 # -----------------------------------------------------------------------------
@@ -78,26 +79,45 @@ def finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def step_line(entry, max_iters, left, note=''):
+    """What the terminal shows of a step: all of it, or the most important of what fits into its width."""
+    parts = {'step': f'step {entry["step"]}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}',
+             'lr': f'lr {entry["lr"]:.2e}', 'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
+             'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
+    parts |= {'note': note} if note else {}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    for name in 'mfu', 'ms', 'lr', 'norm', '':
+        if len(line := ' | '.join(parts.values())) < width:
+            break
+        parts.pop(name, None)
+    return line
+
+
 def read(path):
     """The entries of a log, a list of dicts. Raises UserError if there is no such file."""
     if not os.path.isfile(path):
         raise UserError(f'{path}: no such log; train.py writes one into its out_dir')
-    entries = []
-    for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a kill, or a full disk, may leave half a line
-            entries.append(json.loads(line))
-    return entries
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {files.reason(error)}') from None
+    return [entry for entry in map(parse, lines) if isinstance(entry, dict) and isinstance(entry.get('step'), int)]
+
+
+def parse(line):
+    """The value of a line of JSON; None for half a line, which a kill or a full disk may leave."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def rewind(path, step):
     """Drop the entries that a run which resumes at this step will write again, and half lines."""
     def stays(line):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):  # half a line, by a kill or a full disk
-            return False
+        entry = parse(line)
         at = entry.get('step') if isinstance(entry, dict) else None
-        return not isinstance(at, int) or at < step or at == step and 'loss' in entry
+        return entry is not None and (not isinstance(at, int) or at < step or at == step and 'loss' in entry)
 
     try:
         if os.path.exists(path):
@@ -117,7 +137,7 @@ def archive_previous_run(out_dir, after=None):
     """
     out_dir = Path(out_dir)
     earlier = sorted([*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')])
-    stay = {path for _, path in checkpoint.numbered(out_dir, after)} if after is not None else set()
+    stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
     earlier = [path for path in earlier if path not in stay]
     if not earlier:
         return

@@ -14,7 +14,7 @@ mkdir -p "${OUT:-.}" && report=$(realpath "${OUT:-.}")/gpu_report.md && log=$(mk
 for name in NANOGPT BUILD_NANOGPT HELLASWAG TIKTOKEN_CACHE_DIR; do
     [ -z "${!name}" ] || export "$name=$(realpath "${!name}")"
 done
-cd "$(dirname "$0")/.." || exit
+touch "$report" && before=$(stat -c %s "$report") && cd "$(dirname "$0")/.." || exit
 for section in "${sections[@]}"; do
     began=$SECONDS left=$((limit - SECONDS))
     [ ${#sections[@]} -eq 1 ] || [ $left -lt $((limit / 2)) ] || left=$((limit / 2))  # one that hangs leaves time
@@ -22,10 +22,12 @@ for section in "${sections[@]}"; do
     timeout -k 10 $left python3 -u tests/gpu_report.py --section="$section" --seconds=$left "${options[@]}" \
         >> "$report" 2> "$log"
     status=$?  # 124: out of time
-    [ $status -eq 0 ] || printf '\n**failed, exit status %s**\n\n```\n%s\n```\n' $status "$(tail -n 25 "$log")" >> "$report"
-    [ $status -eq 0 ] || failed=1
+    if [ $status -ne 0 ]; then
+        failed=1
+        printf '\n**failed, exit status %s**\n\n```\n%s\n```\n' $status "$(tail -n 25 "$log")" >> "$report"
+    fi
     printf '\n%s s\n' $((SECONDS - began)) >> "$report"
 done
 rm "$log"
-cat "$report"
+tail -c +$((before + 1)) "$report"
 exit $failed

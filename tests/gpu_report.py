@@ -8,7 +8,7 @@ The sections of tests/gpu.sh. Each prints its part of the report, as Markdown.
 import ast
 import contextlib
 import gc
-import importlib
+import hashlib
 import json
 import os
 import random
@@ -37,7 +37,7 @@ from common.device import autocast, peak_flops, synchronize
 from common.generate import cast_linears
 from common.optimizers import configure_optimizers
 from configurator import configure
-from data.tokenizer import get_tokenizer
+from data.tokenizer import TOKENIZERS, get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -52,7 +52,7 @@ hellaswag_data = os.environ.get('HELLASWAG', '')  # hellaswag_val.jsonl; random 
 configure(globals())
 
 CUDA = 'cuda' in device
-HAS_GPT2 = bool(os.environ.get('TIKTOKEN_CACHE_DIR'))  # the vocabulary; fetching it needs a network
+TOKENIZER = 'gpt2' if os.environ.get('TIKTOKEN_CACHE_DIR') else 'bytes'  # fetching GPT-2's needs a network
 SIZE = dict(n_layer=2, n_head=2, n_embd=64, block_size=64) if toy else {}
 BATCH = 4 if toy else 64
 GPT2, FAST = 'GPT-2', 'fast'  # config/gpt2.py, config/gpt2_fast.py
@@ -140,12 +140,13 @@ class Trial:
         if CUDA:
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() - sum(p.nbytes for p in self.model.parameters())
         began = time.perf_counter()
         self.step()
         synchronize(device)
         self.compile_seconds = time.perf_counter() - began
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()  # the compiler allocates too
         for _ in range(steps - 1):
             self.step()
         synchronize(device)
@@ -191,24 +192,26 @@ def muon(model):
 
 def run(*command, **env):
     """Standard output and error of a command in the repository's root, which must succeed."""
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, timeout=300,
-                            capture_output=True, env={**os.environ, 'HF_HUB_OFFLINE': '1', **env})
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+                            env={**os.environ, 'HF_HUB_OFFLINE': '1', **env})
     if result.returncode:
         last = (result.stdout + result.stderr).strip().splitlines()[-10:]
         raise RuntimeError(f'exit status {result.returncode}\n' + '\n'.join(last))
     return result.stdout, result.stderr
 
 
-def dataset(folder):
-    """Make a dataset in the folder: random GPT-2 tokens, common ones and rare ones; bytes without the vocabulary."""
-    if not HAS_GPT2:
-        run('data/stdlib/prepare.py', f'--out_dir={folder}/data', '--tokenizer=bytes')
-    else:
-        os.mkdir(f'{folder}/data')
-        ids = np.random.default_rng(1337).zipf(1.3, 2**22) % 50257
-        np.save(f'{folder}/data/random_train_000000.npy', ids[2**20:].astype(np.uint16))
-        np.save(f'{folder}/data/random_val_000000.npy', ids[:2**20].astype(np.uint16))
-    return f'{folder}/data'
+def dataset(folder, name='bytes'):
+    """Make a dataset of random tokens, common ones and rare ones, in folder/data."""
+    tokenizer, path, shards = TOKENIZERS[name], Path(folder, 'data'), []
+    path.mkdir()
+    ids = np.random.default_rng(1337).zipf(1.3, 2**22) % tokenizer.vocab_size
+    for file, part in ('train_000000.npy', ids[2**20:]), ('val_000000.npy', ids[:2**20]):
+        np.save(path / file, part.astype(np.uint16))
+        digest = hashlib.sha256((path / file).read_bytes()).hexdigest()
+        shards.append({'file': file, 'tokens': len(part), 'sha256': digest})
+    (path / 'meta.json').write_text(json.dumps({'format': 1, 'tokenizer': name, 'vocab_size': tokenizer.vocab_size,
+                                                'eot': tokenizer.eot, 'dtype': 'uint16', 'shards': shards}))
+    return path
 
 
 def log_of(out_dir):
@@ -252,10 +255,13 @@ def at_once(jobs):
 def machine():
     print(f'{sys.version.split()[0]}, torch {torch.__version__}, {torch.get_num_threads()} threads')
     if CUDA:
+        import triton
         print(f'\nCUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, '
-              f'triton {importlib.import_module("triton").__version__}\n')
-        print(subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit',
-                              '--format=csv,noheader'], capture_output=True, text=True).stdout)
+              f'triton {triton.__version__}\n')
+        print(torch.cuda.get_device_properties(0), '\n')
+        with guarded('nvidia-smi'):
+            query = '--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit'
+            print(subprocess.run(['nvidia-smi', query, '--format=csv,noheader'], capture_output=True, text=True).stdout)
     n = 256 if toy else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
@@ -301,7 +307,8 @@ def rates():
         took = time.perf_counter() - began
 
 
-GROUPS = {'attention': 'flash|fmha|sdpa|attention', 'triton': '^triton_', 'optimizer and clipping': 'multi_tensor|adam',
+GROUPS = {'triton': '^triton_', 'attention': 'flash|fmha|sdpa|attention',  # triton's names list what is fused
+          'optimizer and clipping': 'multi_tensor|adam',
           'matmul': 'gemm|nvjet|cutlass|cublas|xmma|splitk|aten::mm|aten::addmm'}
 
 
@@ -341,19 +348,20 @@ def profile():
 def loop():
     print('train.py itself: its own milliseconds a step (median from step 6), graph breaks and recompilations of a run '
           'with evaluations, HellaSwag and samples between the steps.')
-    if not HAS_GPT2:
+    if TOKENIZER == 'bytes':
         print('\nNo TIKTOKEN_CACHE_DIR: on bytes, with a head of 257 tokens.')
     header('config', 'ms', 'tokens/s', 'MFU', 'graph breaks', 'recompilations', 'losses')
     notes = []
     with tempfile.TemporaryDirectory() as folder:
-        data, items = dataset(folder), items_file(folder)
+        data, items = dataset(folder, TOKENIZER), items_file(folder)
         size = [f'--{k}={v}' for k, v in SIZE.items()] + (['--compile=False'] if toy else [])
         for config in ['gpt2'] if quick else ['gpt2', 'gpt2_fast']:
             with guarded(config):
                 out, err = run('train.py', f'config/{config}.py', *size, f'--batch_size={BATCH}', f'--device={device}',
                                f'--total_batch_size={BATCH * SIZE.get("block_size", 1024)}', f'--dataset={data}',
                                f'--out_dir={folder}/{config}', '--max_iters=20', '--eval_interval=10', '--eval_iters=4',
-                               '--hellaswag_interval=10', f'--hellaswag_limit={4 if toy else 40}', f'--hellaswag_data={items}',
+                               '--hellaswag_interval=10', f'--hellaswag_limit={4 if toy else 40}',
+                               f'--hellaswag_data={items}',
                                '--sample_interval=10', '--warmup_iters=5', TORCH_LOGS='recompiles,graph_breaks')
                 log = log_of(f'{folder}/{config}')
                 rate, mfu, ms = (statistics.median(entry[key] for step, entry in log.items() if step > 5)
@@ -437,17 +445,17 @@ def items_file(folder):
 
 def hellaswag_rate():
     model, n = our_model(GPT2).eval(), 20 if toy else 1000
-    tokenizer = get_tokenizer('gpt2' if HAS_GPT2 else 'bytes')
+    tokenizer = get_tokenizer(TOKENIZER)
     with tempfile.TemporaryDirectory() as folder:
-        items = hellaswag.load_items(items_file(folder), n)
+        rows = hellaswag.prepare(hellaswag.load_items(items_file(folder), n), tokenizer, model.config.block_size)
     for dtype in 'bfloat16', 'float32':
-        hellaswag.evaluate(model, tokenizer, items[:n // 5], device=device, dtype=dtype)
+        hellaswag.evaluate(model, rows[:n // 5], device=device, dtype=dtype)
         synchronize(device)
         began = time.perf_counter()
-        hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+        hellaswag.evaluate(model, rows, device=device, dtype=dtype)
         synchronize(device)
-        each = (time.perf_counter() - began) / len(items)
-        print(f'\n{dtype}: {each * 1e3:.2f} ms an item of {len(items)}, {tokenizer.name}; all 10,042 in '
+        each = (time.perf_counter() - began) / len(rows)
+        print(f'\n{dtype}: {each * 1e3:.2f} ms an item of {len(rows)}, {tokenizer.name}; all 10,042 in '
               f'{each * 10042:.1f} s', flush=True)
 
 

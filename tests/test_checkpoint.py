@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import checkpoint, files
+from common import checkpoint, distributed, files
 from common.optimizers import configure_optimizers
 from conftest import ROOT, environment
 from data.errors import UserError
@@ -35,10 +35,10 @@ def trained(optimizer='adamw', **more):
     model(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))[1].backward()
     for opt in optimizers:
         opt.step()
-    state = checkpoint.training_state(model, optimizers) | {
+    state = distributed.training_state(model, optimizers) | {
         'model_args': asdict(model.config), 'tokenizer': 'bytes', 'config': SETTINGS | {'optimizer': optimizer},
         'iter_num': 20, 'best_val_loss': 5.5, 'scaler': {}, 'random': [checkpoint.random_state('cpu')], 'skipped': 0,
-        'data': {'stdlib': {'drawn': 3, 'n_blocks': 9, 'seed': 1, 'shuffle': True, 'block_size': 8}}, 'norms': [1.0]}
+        'data': {'stdlib': {'drawn': 3, 'n_blocks': 9, 'seed': 1, 'shuffle': True, 'block_size': 8}}, 'norms': [1.0], 'losses': [5.5]}
     return model, optimizers, state | more
 
 
@@ -223,7 +223,7 @@ def test_foreign_zip_files_and_objects_are_refused(tmp_path):
 def test_weights_that_are_not_finite_are_named(state, tmp_path):
     bad = state['model'] | {'transformer.ln_f.bias': torch.full((8,), float('nan'))}
     write(state | {'model': bad}, tmp_path)
-    assert refusal(tmp_path / 'ckpt.pt') == 'out/ckpt.pt: transformer.ln_f.bias not finite (NaN or infinity)'
+    assert refusal(tmp_path / 'ckpt.pt') == 'out/ckpt.pt: transformer.ln_f.bias has values that are not finite'
 
 
 @pytest.mark.parametrize('entry, value, why', [
@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_are_named(state, tmp_path):
     ('model_args', 'a', 'model_args is not of type dict'), ('iter_num', 'a', 'iter_num is not of type int'),
     ('iter_num', -1, 'iter_num is not a step'), ('optimizer', None, 'has no optimizer'),
     ('optimizer', {}, 'optimizer is not of the form'), ('random', [{}], 'random is not a list of random number'),
-    ('data', {'a': 1}, 'data is not a position'), ('norms', ['a'], 'norms is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
+    ('data', [1], 'data is not of type dict'), ('norms', ['a'], 'norms is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
     ('shards', '../../x', 'shards is not the'),
     ('shards', '/tmp', 'shards is not the'), ('shards', 3, 'shards is not the'), ('best_val_loss', 'a', 'best_val_loss is not of')])
 def test_an_entry_that_is_missing_or_of_another_type_is_named(state, tmp_path, entry, value, why):
@@ -277,15 +277,16 @@ def test_restored_optimizers_have_the_saved_state_and_this_run_s_hyperparameters
     again = checkpoint.model_from(saved)
     new = configure_optimizers(again, optimizer, 1e-3, 0.3, (0.8, 0.95))
     checkpoint.restore_optimizers(again, new, saved['optimizer'])
-    for old, opt in zip(optimizers, new):
+    for opt in new:
         assert opt.param_groups[0]['weight_decay'] == 0.3
         assert opt.param_groups[0].get('betas', (0.8, 0.95)) == (0.8, 0.95)
-        for a, b in zip(old.state.values(), opt.state.values(), strict=True):
-            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    old, new = (distributed.optimizer_state(*pair)['state'] for pair in ((model, optimizers), (again, new)))
+    assert old.keys() == new.keys() and all(old[name].keys() == new[name].keys() for name in old)
+    assert all(torch.equal(x, new[name][key]) for name in old for key, x in old[name].items())
 
 
 def compare(state, given=(), **settings):
-    return checkpoint.compare_settings(state, 'out/ckpt.pt', SETTINGS | settings, set(given))
+    return checkpoint.compare_settings(state, 'out/ckpt.pt', SETTINGS | settings, {name: f'--{name}={settings.get(name)}' for name in given})
 
 
 def test_settings_that_changed_are_taken_told_or_refused(state):
@@ -293,7 +294,7 @@ def test_settings_that_changed_are_taken_told_or_refused(state):
     assert compare(state, n_layer=12, n_head=4, learning_rate=3e-4, out_dir='b', init_from='resume', dropout=0.1) == (
         {'n_layer': 2, 'n_head': 2}, {'dropout': (0.0, 0.1), 'learning_rate': (1e-3, 3e-4)})
     assert compare(state, ['n_kv_head', 'n_layer'], n_kv_head=2) == ({}, {})  # 0 stands for n_head, which is 2
-    with pytest.raises(UserError, match=r'out/ckpt.pt holds another model than n_layer=12 \(2\), n_head=3 \(2\) asks for'):
+    with pytest.raises(UserError, match='--n_layer=12: out/ckpt.pt has n_layer=2'):
         compare(state, ['n_layer', 'n_head', 'learning_rate'], n_layer=12, n_head=3)
     with pytest.raises(UserError, match='out/ckpt.pt has the state of adamw: --init_from=out/ckpt.pt starts from its weights'):
         compare(state, optimizer='muon')
@@ -328,7 +329,7 @@ def use(path):
     """What a command does with a checkpoint. Returns whether it could."""
     try:
         saved = checkpoint.load(path, resume=True)
-        checkpoint.compare_settings(saved, path, SETTINGS, set())
+        checkpoint.compare_settings(saved, path, SETTINGS, {})
         model = checkpoint.model_from(saved)
         optimizers = configure_optimizers(model, saved['config'].get('optimizer', 'adamw'), 1e-3, 0.1, (0.9, 0.95))
         checkpoint.restore_optimizers(model, optimizers, saved['optimizer'])
@@ -342,7 +343,7 @@ def use(path):
     return True
 
 
-CASES = int(os.environ.get('FUZZ', 150))
+CASES = int(os.environ.get('FUZZ', 100))
 
 
 def test_mutated_entries_end_in_a_user_error_or_work(state, tmp_path):
