@@ -225,6 +225,8 @@ def main():
     print(f'L = {E:.3f} + {A:.4g}/N^{alpha:.3f} + {B:.4g}/D^{beta:.3f}')
     for name, (low, high) in intervals.items():
         print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
+    if E < 0.01 * min(data[2]):
+        print('  E is not told from 0 by these runs: the loss must flatten for that, in longer runs of larger models')
     print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), Chinchilla\'s 0.46 to 0.50')
 
     predictions = [[float(x) for x in laws.predict(law, resampled, noise, run.n, run.d)] for run in unseen]
