@@ -162,12 +162,17 @@ def draw(path, fitted, unseen, law, predictions):
             axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
         axis.set_xscale('log')
         axis.set_yscale('log')
+        wide = max(values) > 30 * min(values)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        if panel != 'flops':
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(label, fontsize=9)
         axis.tick_params(which='both', labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
     losses = [run.loss for run in everything]
-    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.08)
+    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.15)
     axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
     axes[0].yaxis.set_major_formatter('{x:.3g}')
     axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
