@@ -15,6 +15,7 @@ configure() also installs the hook that prints a UserError as one line.
 """
 import ast
 import difflib
+import math
 import os.path
 import runpy
 import shutil
@@ -28,30 +29,88 @@ from data.errors import UserError
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'}
 
-def configure(script, base=''):
+# The values that a setting may have, by its name, in every script: (lowest, highest, names), both included. A setting's
+# default is always allowed, since a 0 often stands for something else.
+TINY, HUGE = 5e-324, sys.float_info.max  # the bounds of an open interval: above 0, below infinity
+RANGES = (
+    (1, 2**31 - 1, 'batch_size block_size max_iters eval_interval eval_iters log_interval max_bad_steps replicas '
+                   'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
+    (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
+                   'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
+                   'step characters'),
+    (1, 2**62, 'total_batch_size eval_tokens shard_size'),
+    (0, 2**62, 'max_tokens'),
+    (0, 2**63 - 1, 'seed'),
+    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature'),
+    (TINY, HUGE, 'rope_theta norm_eps adam_eps repetition_penalty dist_timeout'),
+    (0, 1 - 2**-53, 'dropout beta1 beta2'),
+    (TINY, 1, 'wsd_decay mfu top_p'),
+    (0, 1, 'min_p'),
+)
+CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp')}
+PATHS = 'out_dir', 'init_from', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input', 'data_files'
+
+given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
+
+def configure(script, base='', positional=None):
     """Override the settings among `script`, a script's globals(), by sys.argv[1:]; returns {name: value}.
 
     base: a script beside this one whose settings are accepted and returned too (plan.py takes train.py's).
+    positional: a list that collects the arguments that are not --name=value, for a script that
+        takes other things than settings files (plot.py: folders).
 
     A setting is a bool, int, float or str and keeps its default's type, but an int will do for a float, and
-    True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file.
+    True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file, and
+    UserError for a value outside its range.
     """
     sys.excepthook = excepthook
     own = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
-        sys.exit(print_help(script, own, base))
+        sys.exit(print_help(script, own, base, '[FILE.py ...]' if positional is None else 'ARGUMENT ...'))
     defaults = (settings_of(os.path.join(os.path.dirname(script['__file__']), base)) if base else {}) | own
+    config = override(defaults, sys.argv[1:], positional)
+    script.update({name: config[name] for name in own})
+    return config
+
+def override(defaults, arguments, positional=None):
+    """{name: value}: the defaults, with files and --name=value applied in order; see configure()."""
     config = dict(defaults)
-    for arg in sys.argv[1:]:
+    given.clear()
+    for arg in arguments:
         key, equals, text = arg.removeprefix('--').partition('=')
         if arg.startswith('--'):
             config[key] = checked(arg, key, parse(text, defaults.get(key)) if equals else True, defaults)
+            note_given({key: arg})
+        elif positional is not None:
+            positional.append(arg)
         elif arg.endswith('.py'):
-            config.update(run_file(arg, config, defaults))
+            settings, lines = run_file(arg, config, defaults)
+            note_given({k: f'{arg}:{lines.get(k, 1)}' for k in settings if k in lines or settings[k] != config[k]})
+            config.update(settings)
         else:
             raise UsageError(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
-    script.update({name: config[name] for name in own})
+    for key in PATHS:
+        if config.get(key, '').startswith('~'):
+            config[key] = os.path.expanduser(config[key])
+    check_ranges(config, defaults)
     return config
+
+def note_given(places):
+    for key, place in places.items():
+        given.pop(key, None)  # the last one given comes last
+        given[key] = place
+
+def check_ranges(config, defaults):
+    """Raise UserError for the first value that is outside RANGES or CHOICES."""
+    ranges = {name: (low, high) for low, high, names in RANGES for name in names.split()}
+    for name, value in config.items():
+        low, high = ranges.get(name, (-math.inf, math.inf))
+        if value != defaults[name] and type(value) in (int, float) and not low <= value <= high:
+            bounds = [f'{"above 0" if low == TINY else f"at least {low}"}'] * (low > -math.inf)
+            bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
+            raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
 
 def settings_of(file):
     """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""
@@ -66,11 +125,17 @@ def is_setting(name, value):
     return name.islower() and name[0] != '_' and type(value) in TYPES
 
 def assignments(file):
-    """[(name, node)] of what the top level of a Python file assigns, in order."""
+    """[(name, node)] of what a Python file assigns outside its functions and classes, in order."""
     with tokenize.open(file) as f:
-        nodes = [node for node in ast.parse(f.read()).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    return [(name.id, node) for node in nodes for name in ast.walk(node)
-            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        found, nodes = [], ast.parse(f.read()).body
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found += [(name.id, node) for name in ast.walk(node)
+                      if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):  # into an if, a for, a with
+            nodes[:0] = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
 
 def parse(text, default):
     """The value that `text` spells for a setting with this default, or `text` itself where it spells none."""
@@ -84,17 +149,18 @@ def parse(text, default):
 def checked(where, key, value, defaults):
     """`value`, if `key` is known and the type right; `where` begins the message otherwise."""
     if key not in defaults:
-        near = ' or '.join(difflib.get_close_matches(key, defaults))
-        raise UsageError(f'{where}: unknown setting {key}; {f"did you mean {near}?" if near else "--help lists them all"}')
+        near = ' or '.join(difflib.get_close_matches(key.lower(), defaults))
+        raise UsageError(f'{where}: unknown setting {key}; '
+                         + (f'did you mean {near}?' if near else '--help lists them all'))
     kind = type(defaults[key])
-    if type(value) is int and kind is float:
+    if type(value) is int and kind is float and abs(value) < 2**1023:
         return float(value)
     if type(value) is not kind and not (type(value) is bool and defaults[key] == 'auto'):
         raise UsageError(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r})')
     return value
 
 def run_file(file, config, defaults):
-    """The settings that the Python file `file` makes of `config`: {name: value}."""
+    """The settings that the Python file `file` makes of `config`, {name: value}, and where, {name: line}."""
     if not os.path.isfile(file):
         raise UsageError(f'{file}: no such file')
     try:
@@ -103,9 +169,9 @@ def run_file(file, config, defaults):
     except Exception as error:  # whatever the user's code raises; a SyntaxError has no frame in the file
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = [getattr(error, 'lineno', 1), *frames][-1]
-        raise UsageError(f'{file}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
+        raise UsageError(f'{file}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}') from None
     return {k: checked(f'{file}:{lines.get(k, 1)}', k, value, defaults) for k, value in result.items()
-            if k in defaults or (k in lines and is_setting(k, value))}
+            if k in defaults or k in lines and (is_setting(k, value) or k.lower() in defaults)}, lines
 
 class UsageError(UserError):
     """The command line, or a settings file, is not valid."""
@@ -119,7 +185,7 @@ def excepthook(kind, error, trace):
         if isinstance(error, UserError):
             print(' '.join(str(error).split()), file=sys.stderr)  # it may quote an exception of several lines
         elif kind is KeyboardInterrupt:
-            print('interrupted', file=sys.stderr)
+            print(error if error.args else 'interrupted', file=sys.stderr)
         elif line := distributed and distributed.describe(error):
             print(line, file=sys.stderr)
         else:
@@ -128,12 +194,12 @@ def excepthook(kind, error, trace):
             sys.__excepthook__(kind, error, trace)
     raise SystemExit(130 if kind is KeyboardInterrupt else getattr(error, 'status', 1))
 
-def print_help(script, defaults, base):
+def print_help(script, defaults, base, operands):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""
     with tokenize.open(script['__file__']) as f:
         comments = {t.start: t.string for t in tokenize.generate_tokens(f.readline) if t.type == tokenize.COMMENT}
     print((script['__doc__'] or '').strip())
-    print(f'\nusage: python {sys.argv[0]} [FILE.py ...] [--setting=value ...]')
+    print(f'\nusage: python {sys.argv[0]} {operands} [--setting=value ...]')
     if base:
         print(f'with the settings of {base} (`python {base} --help`), and')
     nodes = dict(reversed(assignments(script['__file__'])))  # a script may assign a setting again, further down

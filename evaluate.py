@@ -4,9 +4,9 @@ How well a GPT predicts a dataset: loss, perplexity and bits per byte of its val
 Your own checkpoint:                            python evaluate.py --out_dir=out --dataset=stdlib
 GPT-2 as its paper and others measure it:       python evaluate.py config/eval_gpt2_wikitext2.py
 
-Text longer than the context is read through a window that moves by `stride` tokens; each token is scored once, with
-at least block_size - stride tokens before it (but for the first window). A small stride gives every token much
-context and takes long: stride = block_size cuts the text into blocks, as train.py's evaluation does.
+Text longer than the context is read through a window that moves by `stride` tokens; each token is scored once, with at
+least block_size - stride tokens before it (except in the first window). A small stride gives every token much context
+and takes long; stride = block_size cuts the text into blocks, as train.py's evaluation does.
 """
 
 import math
@@ -16,18 +16,18 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_model
+from common.device import autocast, pick_device, pick_dtype
 from configurator import UserError, configure
 from data.dataset import Split
 from data.tokenizer import get_tokenizer
-from common.device import autocast, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
 init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
 dataset = 'fineweb_edu_10B'  # a folder in data/, or a path
 split = 'val'  # or 'train'
-max_tokens = 0  # only the first so many; 0 is all
-block_size = 0  # tokens in a window; 0: as many as the model takes
+max_tokens = 0  # only the first N; 0 is all
+block_size = 0  # tokens in a window; 0: the model's context
 stride = 0  # tokens from one window to the next; 0: block_size
 batch_size = 8  # windows in a forward pass
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
@@ -35,11 +35,11 @@ dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else
 
 
 def windows(n_tokens, block_size, stride):
-    """(begin, end, first): windows of at most block_size tokens, each to be scored from its first on, that together
-    score every token but the very first once."""
+    """Yield (begin, end, first): windows of at most block_size tokens, each scored from `first` on, that together score
+    every token but the very first once."""
     scored = 1
     for begin in range(0, n_tokens, stride):
-        end = min(begin + block_size + 1, n_tokens)  # one more than fits: the last is only predicted
+        end = min(begin + block_size + 1, n_tokens)  # one more than fits: the last is only a target
         yield begin, end, scored
         scored = end
         if end == n_tokens:
@@ -50,24 +50,24 @@ def windows(n_tokens, block_size, stride):
 def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dtype='float32'):
     """The summed loss in nats of token ids (N,), all but the first, read through a window that moves by stride."""
     total, todo = 0.0, list(windows(len(tokens), block_size, stride))
-    for i in tqdm(range(0, len(todo), batch_size), unit=' batches', disable=None):
-        batch = todo[i:i + batch_size]
-        idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
-        targets = torch.full_like(idx, -1)
-        for row, (begin, end, first) in enumerate(batch):
-            window = torch.from_numpy(tokens[begin:end].astype(np.int64))
-            idx[row, :end - begin - 1] = window[:-1]
-            targets[row, first - begin - 1:end - begin - 1] = window[first - begin:]
-        with autocast(dtype, device):
-            _, loss = model(idx.to(device), targets.to(device), return_logits=False, reduction='none')
-        total += loss.cpu().double().sum().item()
+    with autocast(dtype, device), tqdm(range(0, len(todo), batch_size), unit=' batches', disable=None) as batches:
+        for i in batches:
+            batch = todo[i:i + batch_size]
+            idx = torch.zeros(len(batch), block_size, dtype=torch.int64)
+            targets = torch.full_like(idx, -1)
+            for row, (begin, end, first) in enumerate(batch):
+                window = torch.from_numpy(tokens[begin:end].astype(np.int64))
+                idx[row, :end - begin - 1] = window[:-1]
+                targets[row, first - begin - 1:end - begin - 1] = window[first - begin:]
+            losses = model.token_losses(idx.to(device), targets.to(device))  # (B, T)
+            total += losses.cpu().double().sum().item()
     return total
 
 
 if __name__ == '__main__':
     configure(globals())
-    if min(max_tokens, block_size, stride) < 0 or batch_size < 1:
-        raise UserError('max_tokens, block_size and stride must be at least 0, and batch_size at least 1')
+    if ',' in dataset:
+        raise UserError(f'dataset={dataset} is a mixture: evaluate its datasets one at a time')
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     model, name = load_model(init_from, out_dir, device)

@@ -1,22 +1,22 @@
 """
-HellaSwag: which of four endings does the model find likeliest? (Zellers et al. 2019, arXiv:1905.07830)
+HellaSwag: which of four endings does the model find most likely? (Zellers et al. 2019, arXiv:1905.07830)
 
 Your own checkpoint:   python hellaswag.py --out_dir=out
 GPT-2's weights:       python hellaswag.py --init_from=gpt2
 
 The score is the completion-style one: an ending's loss is that of the tokens of ' ' + ending, given the context.
-acc counts the items whose right ending has the lowest summed loss, acc_norm the lowest loss a token; guessing
-gives 0.25.
+acc counts the items whose right ending has the lowest summed loss, acc_norm those whose right ending has the lowest
+mean loss per token; guessing scores 0.25.
 
-The simple way runs every item as four rows, each the context and one ending. Here an item is one row, in which
-each token sees the context and its own ending, up to itself; with a context c of four tokens it begins with
+The simple way runs an item as four rows, each the context and one ending. Here an item is one row, in which a token
+attends to the context and its own ending, up to itself; with a context c of four tokens it begins with
 
-    token     c0 c1 c2   c3 a0 a1   c3 b0   ...    each ending starts from the context's last token, so that
-    target     -  -  -   a0 a1 a2   b0 b1   ...    every token of an ending has one place that predicts it
+    token     c0 c1 c2   c3 a0 a1   c3 b0   ...    each ending starts with the context's last token, so that
+    target     -  -  -   a0 a1 a2   b0 b1   ...    every token of an ending is predicted once
     position   0  1  2    3  4  5    3  4   ...
     segment    0  0  0    1  1  1    2  2   ...
 
-That is half the tokens, and the same losses.
+That is half the tokens, with the same losses.
 """
 
 import json
@@ -30,18 +30,18 @@ from tqdm import tqdm
 
 from common import distributed
 from common.checkpoint import load_model
+from common.device import autocast, pick_device, pick_dtype
 from configurator import UserError, configure
 from data.download import download, write
 from data.tokenizer import get_tokenizer
-from common.device import autocast, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
 init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder
-data = ''  # a file of items, one JSON object a line; nothing: the validation set, fetched once
-limit = 0  # score only the first so many items; 0 is all (10,042)
-out = ''  # also write each item's four losses to this file, one JSON object a line
-batch_tokens = 0  # tokens in a forward pass; 0: 1,024 on a CPU, so that they stay in its caches, else 8,192
+data = ''  # a file of items, one JSON object per line; empty: the validation set, downloaded once
+limit = 0  # score only the first N items; 0 is all (10,042)
+out = ''  # also write each item's four losses to this file, one JSON object per line
+batch_tokens = 0  # tokens in a forward pass; 0: 1,024 on a CPU, to fit its caches, else 8,192
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
 # -----------------------------------------------------------------------------
@@ -52,10 +52,11 @@ FILE = Path(__file__).parent / 'data' / 'hellaswag' / 'hellaswag_val.jsonl'
 
 
 def load_items(path='', limit=0):
-    """The first limit (0: all) items of a file, or of the validation set: dicts with at least ctx, label (0 to 3)
-    and endings (four strings). Exits with one line that names the file and the line of what is wrong."""
-    items, path = [], path or download(URL, SHA256, FILE, '--data=FILE (to train.py as --hellaswag_data=FILE)')
-    where = path
+    """The first limit (0: all) items of a file, or of the validation set, which one process per machine downloads:
+    dicts with at least ctx, label (0 to 3) and endings (four strings). Raises UserError, naming file and line."""
+    option = '--data=FILE (to train.py as --hellaswag_data=FILE)'
+    path = path or distributed.first_then_all(lambda: download(URL, SHA256, FILE, option))
+    items, where = [], path
     try:
         with open(path, encoding='utf-8') as f:
             for number, line in enumerate(f, 1):
@@ -73,7 +74,7 @@ def load_items(path='', limit=0):
                     break
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}')
-    except (ValueError, TypeError) as error:  # not JSON, not UTF-8, or a label that is no number
+    except (ValueError, TypeError, RecursionError) as error:  # not JSON, not UTF-8, or a label that is no number
         raise UserError(f'{where}: not an item of HellaSwag: {error}')
     if not items:
         raise UserError(f'{path}: no items in it')
@@ -84,12 +85,12 @@ def pack(item, tokenizer, block_size):
     """The item's row: (4, T) int64, holding token, target (-1 in the context), position and segment (0 is the
     context, 1 to 4 the endings).
 
-    What is longer than block_size positions loses the beginning of its context, as much for all four endings as
-    the longest of them needs; an ending that is too long by itself loses its end.
+    An item longer than block_size positions loses the beginning of its context, as much as its longest ending needs;
+    an ending that is too long by itself loses its end.
     """
     context = tokenizer.encode(item['ctx'])
     endings = [tokenizer.encode(' ' + ending)[:block_size] for ending in item['endings']]
-    if len(context) == 0:  # then an ending is what begins a document
+    if len(context) == 0:  # the endings begin a document
         context = np.array([tokenizer.eot], tokenizer.dtype)
     context = context[-(block_size + 1 - max(map(len, endings))):]
     T = len(context) - 1
@@ -100,65 +101,68 @@ def pack(item, tokenizer, block_size):
     return np.concatenate([np.stack(np.broadcast_arrays(*part)).astype(np.int64) for part in parts], axis=1)
 
 
-@torch.no_grad()
-def evaluate(model, tokenizer, items, device='cpu', dtype='float32', batch_tokens=0, progress=False):
-    """Score a GPT in evaluation mode on the items of load_items, shared among all processes of a distributed.
+def prepare(items, tokenizer, block_size):
+    """[(row, label)], the items as evaluate scores them: tokenized and packed once, for any number of evaluations."""
+    return [(pack(item, tokenizer, block_size), item['label']) for item in items]
 
-    Every process makes the same number of forward passes, as FSDP needs, and gets the same result: acc, acc_norm,
-    their standard errors acc_stderr and acc_norm_stderr, and in the items' order losses, (N, 4) float64, each
-    ending's summed loss in nats, and lengths, (N, 4) int64, its tokens.
+
+@torch.no_grad()
+def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progress=False):
+    """Score a GPT in evaluation mode on the rows of prepare(), shared among all processes of a distributed run.
+
+    Returns a dict: acc and acc_norm with their standard errors acc_stderr and acc_norm_stderr, and in the items' order
+    losses, (N, 4) float64, each ending's summed loss in nats, and lengths, (N, 4) int64, its tokens.
     """
+    rows, labels = zip(*rows)
     rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
-    rows = [pack(item, tokenizer, model.config.block_size) for item in items]
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # the longest first, so that memory fails at once
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first, so that memory fails at once
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
-    bar = tqdm(total=len(rows), unit=' items', disable=None if progress else True)  # None: unless nobody watches
-    with autocast(dtype, device):
+    with (autocast(dtype, device),
+          tqdm(total=len(rows), unit=' items', disable=None if progress else True) as bar):  # None: only at a terminal
         while order:
             T = -(-rows[order[0]].shape[1] // 8) * 8  # fused attention wants multiples of 8
             size = world_size * max(1, batch_tokens // T)
             group, order = order[:size], order[size:]
             share = group[rank::world_size]
-            batch = np.zeros((4, max(1, len(share)), T), np.int64)  # a process with no share runs an empty row
+            batch = np.zeros((4, max(1, len(share)), T), np.int64)  # a process without a share runs an empty row
             batch[1], batch[3] = -1, 5  # padding is never a target, and is a segment of its own
             for b, i in enumerate(share):
                 batch[:, b, :rows[i].shape[1]] = rows[i]
             idx, targets, positions, segments = torch.from_numpy(batch).to(device)  # (B, T) each
             own = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
             mask = (own | (segments == 0)[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-            _, loss = model(idx, targets, positions=positions, mask=mask, reduction='none', return_logits=False)
+            token_losses = model.token_losses(idx, targets, positions, mask)  # (B, T)
             sums = torch.zeros(len(idx), 6, dtype=torch.float64)
-            sums.scatter_add_(1, segments.cpu(), loss.cpu().double())
+            sums.scatter_add_(1, segments.cpu(), token_losses.cpu().double())
             losses[share] = sums[:len(share), 1:5]
             bar.update(len(group))
-    bar.close()
-    if world_size > 1:
-        losses = distributed.all_reduce_tensor(losses.to(device)).cpu()  # zeros where other processes have losses
+    losses = distributed.all_reduce_tensor(losses.to(device)).cpu()  # zeros where other processes have losses
     lengths = torch.tensor([np.bincount(row[3], minlength=5)[1:].tolist() for row in rows])
-    labels = torch.tensor([item['label'] for item in items])
     result = {'losses': losses, 'lengths': lengths}
     for name, score in ('acc', losses), ('acc_norm', losses / lengths):
-        p = (score.argmin(dim=1) == labels).double().mean().item()
-        result |= {name: p, f'{name}_stderr': math.sqrt(p * (1 - p) / len(items))}
+        p = (score.argmin(dim=1) == torch.tensor(labels)).double().mean().item()
+        result |= {name: p, f'{name}_stderr': math.sqrt(p * (1 - p) / len(rows))}
     return result
 
 
 if __name__ == '__main__':
     configure(globals())
-    if limit < 0 or batch_tokens < 0:
-        raise UserError('limit and batch_tokens must be at least 0')
-    if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # said before the work
+    if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # before the work
         raise UserError(f'out={out} cannot be written: {"it exists" if os.path.exists(out) else "there is no such folder"}')
     items = load_items(data, limit)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     model, tokenizer = load_model(init_from, out_dir, device)
-    result = evaluate(model, get_tokenizer(tokenizer), items, device, dtype, batch_tokens, progress=True)
+    rows = prepare(items, get_tokenizer(tokenizer), model.config.block_size)
+    result = evaluate(model, rows, device, dtype, batch_tokens, progress=True)
     for name in 'acc', 'acc_norm':
-        print(f'{name:8} {result[name]:.4f} ± {result[f"{name}_stderr"]:.4f}')
+        print(f'{name:8} {result[name]:.4f} ± {result[f"{name}_stderr"]:.4f}', flush=True)
     if out:
         scored = zip(items, result['losses'].tolist(), result['lengths'].tolist())
         lines = [json.dumps({'ind': item.get('ind'), 'label': item['label'], 'losses': losses, 'tokens': lengths})
                  for item, losses, lengths in scored]
-        write(out, '\n'.join([*lines, '']).encode())
+        try:
+            write(out, '\n'.join([*lines, '']).encode())
+        except OSError as error:
+            raise UserError(f'out={out} could not be written: {error.strerror}')

@@ -2,17 +2,20 @@
 What a run of train.py will need, worked out before it is paid for.
 
     python plan.py config/gpt2_xl.py --gpus=8
+    python plan.py --budget=1e19                # the model and the tokens that make the most of that compute
 
 It takes train.py's settings and its own. Nothing is trained and nothing allocated: the model is built on PyTorch's meta device, where tensors have shapes and
 no memory.
 """
 
+import math
 from dataclasses import fields
 
 import torch
 
+from common import distributed, laws
 from common.device import GPUS
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 from data.dataset import Split
 from data.loader import parse_mixture
 from model import GPT, GPTConfig
@@ -21,6 +24,8 @@ from model import GPT, GPTConfig
 gpus = 8  # GPUs that the run will have
 mfu = 0.4  # the fraction of their peak FLOP/s that it will reach
 gpu_hour_price = 2.0  # of one GPU, in any currency
+budget = 0.0  # FLOPs, such as 1e19: print the compute-optimal parameters and tokens instead of a run's plan
+fit = ''  # with budget: by a law of your own too, the scaling.json that scaling.py wrote
 # -----------------------------------------------------------------------------
 
 USABLE = 0.9  # of it: the rest goes to CUDA itself, to buffers, and to what fragments
@@ -39,7 +44,7 @@ def empty_model(config):
 
 
 def predicted_loss(n, n_non_embedding, tokens):
-    """(Chinchilla's, Kaplan's) nats per token after training n parameters on so many tokens, each for its own text
+    """(Chinchilla's, Kaplan's) nats per token after training n parameters on `tokens` tokens, each for its own text
     and tokens of about four characters.
 
     Hoffmann et al. 2022 (arXiv:2203.15556), equation 10; Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5.
@@ -83,19 +88,20 @@ def memory(model, config, gpus):
         # two blocks, since the next is fetched while one computes; the embeddings and their gradient in float32
         parts['gathered'] = 2 * b * block + 8 * outside
 
-    # bytes a token that the backward pass needs of each layer: both inputs of normalisations in float32, and in the
-    # dtype what goes into and out of the products (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
-    kv = c.n_kv_head * c.head_size
-    mlp = (4 if c.mlp == 'swiglu' else 2) * c.n_mlp
-    layer = 8 * c.n_embd + b * (5 * c.n_embd + 2 * kv + c.n_embd + mlp) + (2 * c.n_embd if c.dropout else 0)
+    # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations in
+    # float32, and in the dtype their outputs, q, k, v, attention's output, and the MLP before and after its activation
+    # (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
+    q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
+    mlp = (3 if c.mlp == 'swiglu' else 2) * c.n_mlp
+    layer = 8 * c.n_embd + b * (2 * c.n_embd + 2 * q + 2 * kv + mlp) + (2 * c.n_embd if c.dropout else 0)
     layers = 4 * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
-    head = (b + 8) * c.padded_vocab_size  # the logits, as they come and twice in float32
+    head = (b if config['compile'] else b + 8) * c.padded_vocab_size  # the logits; eager, also twice in float32
     parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
     return parts
 
 
 def remedy(model, config, gpus, room):
-    """The settings, '' for none, with which the run fits into so many bytes a device; None if nothing helps."""
+    """The settings, '' for none, with which the run fits into `room` bytes a device; None if nothing helps."""
     changes = {}
 
     def fits():
@@ -128,15 +134,15 @@ def report(config):
     model, gpus = empty_model(config), config['gpus']
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
-    step = (config['gradient_accumulation_steps'] * config['batch_size'] * config['block_size']
-            or config['total_batch_size'])
+    steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
+    step = steps * config['batch_size'] * config['block_size'] * gpus
     tokens = step * config['max_iters']
     flops = model.flops_per_token() * tokens
     chinchilla, kaplan = predicted_loss(n, non_embedding, tokens)
     parts = memory(model, config, gpus)
     layout = config['parallel'] + (f', {config["replicas"]} replicas' if config['replicas'] > 1 else '')
     lines = [
-        f'parameters            {n:,}, of which {non_embedding:,} in the blocks',
+        f'parameters            {n:,}, {non_embedding:,} of them in the blocks',
         f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
@@ -157,8 +163,34 @@ def report(config):
     return '\n'.join(lines)
 
 
+def optima(budget, fit):
+    """The compute-optimal parameters and tokens for `budget` FLOPs, as text, by the published fits and your own."""
+    rows, notes = dict(laws.OPTIMA), []
+    if fit:
+        law, (low, high) = laws.read(fit)
+        rows['your own: ' + fit] = law.optimum
+        if not low <= budget <= high:
+            notes = ['', f'{fit} is of runs of {low:.1e} to {high:.1e} FLOPs: outside of them it extrapolates']
+    lines = [f'compute-optimal for {budget:.3g} FLOPs (C = 6ND; each fit is of its own text, tokenizer and models)', '',
+             f'{"parameters":>12}{"tokens":>12}{"tokens each":>13}']
+    for name, optimum in rows.items():
+        n, d = optimum(budget)
+        lines.append(f'{n:>12.3g}{d:>12.3g}{d / n:>13.1f}   {name}')
+    return '\n'.join(lines + notes)
+
+
 if __name__ == '__main__':
+    config = configure(globals(), base='train.py')
+    if budget or fit:
+        ignored = ', '.join(name for name in given if name not in ('budget', 'fit'))
+        if not 0 < budget < math.inf:
+            raise UserError(f'fit={fit} needs a budget: --budget=1e19' if not budget else
+                            f'budget={budget} must be a number of FLOPs above 0')
+        if ignored:
+            raise UserError(f'with budget no run is planned: {ignored} would be ignored')
+        print(optima(budget, fit))
+        raise SystemExit
     try:
-        print(report(configure(globals(), base='train.py')))
+        print(report(config))
     except ValueError as error:
         raise UserError(error) from None

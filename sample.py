@@ -4,61 +4,64 @@ Text from a trained GPT.
 From your own checkpoint:   python sample.py --out_dir=out
 From GPT-2's weights:       python sample.py --init_from=gpt2-xl --start='What is the answer to life?'
 From a file's text:         python sample.py --start=FILE:prompt.txt
-For each line of a file:    python sample.py --prompts=lines.txt --num_samples=1 --json
-As long as you type:        python sample.py --interactive
+From each line of a file:   python sample.py --prompts=lines.txt --num_samples=1 --json
+From what you type:         python sample.py --interactive
 """
 
 import codecs
+import os.path
 import signal
 import sys
+from itertools import islice
 from json import dumps
 
 import torch
 
 from common.checkpoint import load_model
+from common.device import autocast, pick_device, pick_dtype
+from common.generate import cast_linears, stream
 from configurator import UserError, configure
 from data.tokenizer import get_tokenizer
-from common.device import autocast, pick_device, pick_dtype
-from common.generate import cast_linears, check_sampling, stream
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
 init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', a folder, a .pt file
-start = ''  # the text to continue, or FILE:prompt.txt; nothing: a new document
-prompts = ''  # a file with a text to continue in each line, instead of start
-interactive = False  # read texts to continue from the keyboard: Ctrl-C stops a sample, Ctrl-D ends
-num_samples = 5  # of each text; one of each when interactive
-batch_size = 16  # samples written together
+start = ''  # the prompt, or FILE:prompt.txt; empty: a new document
+prompts = ''  # a file with a prompt on each line, instead of start
+interactive = False  # read prompts from the keyboard: Ctrl-C stops a sample, Ctrl-D ends
+num_samples = 5  # of each prompt; one of each when interactive
+batch_size = 16  # samples generated together
 max_new_tokens = 500  # in each sample
 stop = False  # end a sample where the model ends its document
-temperature = 0.8  # 1.0 as the model learned it, less is more careful, 0 takes the likeliest token
-top_k = 200  # only the so many likeliest tokens; 0 is off
-top_p = 1.0  # only the likeliest tokens that together reach this probability; 1.0 is off
-min_p = 0.0  # only tokens at least so many times as likely as the likeliest; 0.0 is off
+temperature = 0.8  # 1.0 samples from the model's distribution, less is more careful, 0 takes the most likely token
+top_k = 200  # sample from the k most likely tokens; 0 disables
+top_p = 1.0  # sample from the most likely tokens that together reach this probability; 1.0 disables
+min_p = 0.0  # sample from tokens at least this many times as likely as the most likely one; 0.0 disables
 repetition_penalty = 1.0  # above 1.0 makes tokens that were there before less likely
-seed = 1337  # of a text's first sample, the next has one more; what is written beside it changes at most rounding
+seed = 1337  # of a prompt's first sample, the next has one more; other samples of the batch change at most rounding
 json = False  # a line of JSON for each sample
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
-config = configure(globals())
+compile = 'auto'  # on a GPU, replay the step of one token as a CUDA graph; False launches its kernels one at a time
+configure(globals())
 # -----------------------------------------------------------------------------
 
 
 def read(path):
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(os.path.expanduser(path), encoding='utf-8') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'cannot read the prompt {path}: {error}')
 
 
 def text_of(ids):
-    """The text of ids; a character whose last bytes are still missing is left out."""
+    """The text of ids, without a last character that is incomplete."""
     return codecs.getincrementaldecoder('utf-8')('replace').decode(tokenizer.decode_bytes(ids))
 
 
-def watch(ids):
-    """Print the ids as they come, each character when it is whole."""
+def show(ids):
+    """Print the ids as they come, each character once it is complete."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for i in ids:
         print(decoder.decode(tokenizer.decode_bytes([i])), end='', flush=True)
@@ -66,7 +69,7 @@ def watch(ids):
 
 
 def continuations(texts, seeds):
-    """Yield, step by step, the list of the ids that follow each of the texts, until every one has ended."""
+    """Yield, step by step, the list of the next id of each text, until all have ended."""
     rows = [tokenizer.encode(text).tolist() or [tokenizer.eot] for text in texts]
     T = max(map(len, rows))
     idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
@@ -80,19 +83,20 @@ def continuations(texts, seeds):
 
 
 def write(jobs):
-    """Print a sample for each (text, seed) of jobs, written together."""
+    """Print a sample for each (text, seed) of jobs, generated together."""
     texts, seeds = zip(*jobs)
     steps = continuations(texts, seeds)
-    watched = len(jobs) == 1 and sys.stdout.isatty() and not json
-    if watched:
+    streamed = len(jobs) == 1 and sys.stdout.isatty() and not json
+    if streamed:
         print(texts[0], end='', flush=True)
-        steps = ([i] for i in watch(i for i, in steps))
+        steps = ([i] for i in show(i for i, in steps))
     added = []
     try:
         for new in steps:
             added.append(new)
     except KeyboardInterrupt:
         if not interactive:
+            print()
             raise
     for row, (text, seed) in enumerate(jobs):
         ids = [new[row] for new in added]
@@ -101,34 +105,32 @@ def write(jobs):
         if json:
             print(dumps({'prompt': text, 'seed': seed, 'text': text_of(ids), 'tokens': ids}), flush=True)
         else:
-            print('' if watched else text + text_of(ids), '---------------', sep='\n', flush=True)
+            print('' if streamed else text + text_of(ids), '---------------', sep='\n', flush=True)
 
 
 def typed():
-    """Yield what the user types, line by line, until Ctrl-D."""
+    """Yield what the user types, line by line, until Ctrl-D. With json, prompts go to stderr, not among the lines."""
     try:
         import readline  # gives input() its history and editing; Windows has none
     except ImportError:
         pass
+    terminal = sys.stderr if json else sys.stdout
     while True:
         try:
-            yield input('> ')
+            if json:
+                print('> ', end='', file=terminal, flush=True)
+            yield input('' if json else '> ')
         except KeyboardInterrupt:
-            print()
+            print(file=terminal)
         except EOFError:
-            print()
+            print(file=terminal)
             return
 
 
-options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-try:
-    check_sampling(**options)
-except ValueError as error:
-    raise UserError(error) from None
-if min(num_samples, max_new_tokens, batch_size) < 1:
-    raise UserError('num_samples, max_new_tokens and batch_size must be at least 1')
+if compile not in ('auto', True, False):
+    raise UserError(f'compile={compile} is not one of auto, True, False')
 if (start != '') + (prompts != '') + interactive > 1:
-    raise UserError('start, prompts and interactive each say what to continue: give only one of them')
+    raise UserError('start, prompts and interactive each name the prompt: give only one of them')
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:
@@ -141,19 +143,19 @@ dtype = pick_dtype(dtype, device)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
 cast_linears(dtype, model)
+if compile is True and 'cuda' not in device:
+    print(f'compile=True does nothing on {device}: CUDA graphs need a GPU', file=sys.stderr)
+options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+               cuda_graph='cuda' in device and compile is not False)
 
-sys.stdout.reconfigure(errors='replace')  # for terminals that do not have every character
+sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
 if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as other commands do when `| head` has seen enough
-try:
-    with autocast(dtype, device):
-        if interactive:
-            for n, text in enumerate(typed()):
-                write([(text, seed + n)])
-        else:
-            jobs = [(text, seed + n) for text in texts for n in range(num_samples)]
-            for i in range(0, len(jobs), batch_size):
-                write(jobs[i:i + batch_size])
-except KeyboardInterrupt:
-    print()
-    sys.exit(130)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has read enough
+with autocast(dtype, device):
+    if interactive:
+        for n, text in enumerate(typed()):
+            write([(text, seed + n)])
+    else:
+        jobs = ((text, seed + n) for text in texts for n in range(num_samples))
+        while batch := list(islice(jobs, batch_size)):
+            write(batch)

@@ -1,16 +1,17 @@
 """
 Train a GPT.
 
-One process:          python train.py config/quickstart.py
-Eight GPUs:           torchrun --nproc_per_node=8 train.py config/gpt2.py
-Go on after a stop:   the same command with --init_from=resume
+One process:             python train.py config/quickstart.py
+Eight GPUs:              torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
+Continue after a stop:   the same command with --init_from=resume
 
-A setting is overridden by a file of assignments or by --name=value, the last one wins.
+A setting is overridden by a file of assignments or by --name=value; the last one wins.
 """
 
-import json
+import gc
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -21,11 +22,10 @@ from datetime import timedelta
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, log
-from common.device import autocast, peak_flops, pick_compile, pick_dtype
+from common import checkpoint, distributed, files, log, optimizers
+from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
-from common.optimizers import configure_optimizers
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -33,169 +33,209 @@ from model import GPT, GPTConfig
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
-out_dir = 'out'  # where checkpoints (ckpt.pt) and the log (log.jsonl) go
-init_from = 'scratch'  # or 'resume'; 'auto': resume if one can; or weights: 'gpt2' to 'gpt2-xl', a folder, a .pt file
-eval_interval = 250  # steps from one evaluation, and checkpoint, to the next
-eval_iters = 160  # batches of validation data in an evaluation, always the same ones
+out_dir = 'out'  # checkpoints (ckpt.pt) and the log (log.jsonl)
+# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one), or the
+# weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
+init_from = 'scratch'
+eval_interval = 250  # steps between evaluations, each with a checkpoint
+eval_tokens = 10_485_760  # tokens of validation data in an evaluation, always the same ones
+eval_iters = 0  # the same as a number of batches of batch_size sequences, as in nanoGPT; 0: eval_tokens decides
 eval_only = False  # evaluate once and exit
-log_interval = 1  # steps from one printed line to the next
-always_save_checkpoint = True  # after each evaluation; False: only when the validation loss is the lowest yet
-keep_checkpoints = 0  # so many of the last ones stay beside ckpt.pt, as ckpt_000250.pt and so on
-hellaswag_interval = 0  # steps from one HellaSwag score to the next; 0 is never
-hellaswag_limit = 0  # score only so many of its 10,042 items; 0 is all
-hellaswag_data = ''  # its items from this file; nothing: the validation set, fetched once
-sample_interval = 0  # steps from one sample of the model's writing to the next; 0 is never
-wandb_log = False  # also log to Weights & Biases
+log_interval = 1  # steps between printed lines
+always_save_checkpoint = True  # at each evaluation; False: only when the validation loss is the lowest so far
+keep_checkpoints = 0  # number of earlier checkpoints to keep beside ckpt.pt, as ckpt_000250.pt
+hellaswag_interval = 250  # steps between HellaSwag scores; 0 disables
+hellaswag_limit = 0  # score only the first items; 0: all 10,042
+hellaswag_data = ''  # a file of items; empty: the validation set, downloaded once
+sample_interval = 250  # steps between samples of the model's text; 0 disables
+curves = True  # redraw out_dir/curves.png at each evaluation, where matplotlib is installed
+log_to = ''  # also log to any of wandb, tensorboard, trackio, as 'wandb,tensorboard'
+wandb_log = False  # the same as log_to = 'wandb'
 wandb_project = 'gpt2'
 wandb_run_name = 'gpt2'
 # data
-dataset = 'fineweb_edu_10B'  # a folder in data/, or a path, or a mixture such as 'fineweb_edu_10B:0.8,stdlib:0.2'
-shuffle = True  # each epoch in an order of its own; False: as it was written
-total_batch_size = 524288  # tokens in a step, over all processes and accumulation steps
-gradient_accumulation_steps = 0  # micro-batches in a step, over all processes; 0: as total_batch_size needs
-batch_size = 16  # sequences in a micro-batch: as many as fit in memory
+dataset = 'fineweb_edu_10B'  # a folder in data/, a path, or a mixture such as 'fineweb_edu_10B:0.8,stdlib:0.2'
+shuffle = True  # a new order in each epoch; False: as written
+total_batch_size = 524288  # tokens in a step, over all processes and micro-batches
+gradient_accumulation_steps = 0  # micro-batches in a step, over all processes; 0: total_batch_size decides
+batch_size = 64  # sequences in a micro-batch: at a block_size of 1024, 80 GB hold 64 and 24 GB hold 16
 block_size = 1024  # tokens in a sequence
 # model
 n_layer = 12
 n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
-bias = True  # in Linears and LayerNorms, as GPT-2 has them
-n_kv_head = 0  # heads for keys and values; 0: as many as n_head
+bias = True  # in Linears and LayerNorms, as in GPT-2
+n_kv_head = 0  # heads for keys and values; 0: n_head
+head_size = 0  # width of a head; 0: n_embd / n_head
 position = 'learned'  # or 'rope'
+rope_theta = 10000.0  # base of RoPE's wavelengths
+rope_type = 'default'  # or 'linear', 'llama3', 'yarn': frequencies scaled to a longer context
+rope_factor = 1.0  # how many times longer it is
+rope_original_context = 0  # context before scaling, in tokens; 0: block_size
+rope_low_freq_factor = 1.0  # frequencies with fewer turns in the original context are divided by rope_factor
+rope_high_freq_factor = 0.0  # those with more are kept; 0: 4 for llama3, 32 for yarn
+rope_attention_factor = 0.0  # yarn's scale of queries and keys; 0: 0.1 ln(rope_factor) + 1
 norm = 'layernorm'  # or 'rmsnorm'
+norm_gain = True  # normalisations have weights
+norm_eps = 1e-5  # added to the variance in normalisations
 qk_norm = False  # normalise queries and keys
 mlp = 'gelu'  # or 'relu2' or 'swiglu'
 n_mlp = 0  # width of the MLP; 0: 4 * n_embd
+embedding_norm = False  # normalise the embeddings, before the first block
 tie_embeddings = True  # the head uses the token embedding's weights
 zero_init = False  # projections back into the residual stream start at zero
-softcap = 0.0  # bounds the logits by a tanh; 0 is off
+softcap = 0.0  # bound the logits by softcap * tanh(logits / softcap); 0 disables
 # optimizer
 optimizer = 'adamw'  # or 'muon', for the matrices inside the blocks
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # peak learning rate
 max_iters = 19073  # steps: 10 billion tokens
 weight_decay = 0.1  # of matrices only
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # longest gradient; 0 is off
+adam_eps = 1e-8
+grad_clip = 1.0  # maximum gradient norm; 0 disables clipping
 decay_lr = True  # warm up and decay; False: learning_rate throughout
-lr_schedule = 'cosine'  # how it falls to min_lr: 'cosine', 'linear', or 'wsd': not at all until the end nears
-wsd_decay = 0.3  # the share of lr_decay_iters in which 'wsd' falls
+lr_schedule = 'cosine'  # 'cosine', 'linear', or 'wsd' (warmup, stable, decay), down to min_lr
+wsd_decay = 0.3  # with 'wsd': the decay's fraction of the steps from warmup_iters to lr_decay_iters
 warmup_iters = 715  # steps to reach learning_rate: 375 million tokens, as GPT-3
-lr_decay_iters = 0  # steps to reach min_lr; 0: max_iters
-min_lr = 6e-5  # where the learning rate ends
-skip_spikes = 0.0  # skip a step whose gradient is more than so many standard deviations longer than usual; 0 is off
-max_bad_steps = 50  # stop after so many skipped steps in a row; one whose gradient is not finite is always skipped
+lr_decay_iters = 0  # step at which min_lr is reached; 0: max_iters
+min_lr = 6e-5  # final learning rate
+skip_spikes = 0.0  # skip a step whose loss or gradient norm exceeds mean + K standard deviations; 0 disables
+max_bad_steps = 50  # stop after this many skipped steps in a row; a step that is not finite is always skipped
 # system
-parallel = 'ddp'  # 'zero1' shards the optimizer's state over the processes, 'fsdp' the weights and gradients too
-replicas = 1  # with fsdp: so many groups of processes hold the whole model; one a machine saves much traffic
-sharded_checkpoints = False  # with fsdp: each process writes its share of a checkpoint, into a folder beside ckpt.pt
-cpu_offload = False  # with fsdp: weights and optimizer state stay in the CPU's memory between uses
-activation_checkpointing = False  # compute each block twice, to save most of the activations' memory
-dist_timeout = 600  # seconds until processes that wait for another one give it up, and end
+parallel = 'ddp'  # 'zero1' shards the optimizer state over processes, 'fsdp' weights and gradients too
+replicas = 1  # with fsdp: number of model replicas (HSDP); one per node reduces traffic
+sharded_checkpoints = False  # with fsdp: each process writes its shards, into a folder beside ckpt.pt
+cpu_offload = False  # with fsdp: weights and optimizer state stay in CPU memory between uses
+activation_checkpointing = False  # recompute each block in the backward pass, to save activation memory
+dist_timeout = 600  # abort after waiting this many seconds for a missing rank
 backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
 device = 'auto'  # cuda, else mps, else cpu; or cuda:1 …
 dtype = 'auto'  # bfloat16 where the hardware has it, else float16 on GPUs, else float32
 compile = 'auto'  # True, False, or where torch.compile works
 seed = 1337
-profile = False  # write what the device does in steps 5 to 7 to out_dir/trace.json, for https://ui.perfetto.dev
+profile = False  # write a trace of steps 5 to 7 to out_dir/trace.json, for https://ui.perfetto.dev
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
+# -----------------------------------------------------------------------------
+# processes, device and precision
+
 device = distributed.init(device, backend, dist_timeout, cpu_tensors=cpu_offload)
-for name, known in ('lr_schedule', ('cosine', 'linear', 'wsd')), ('parallel', ('ddp', 'zero1', 'fsdp')):
-    if config[name] not in known:
-        raise UserError(f'{name}={config[name]} is not one of {", ".join(known)}')
-for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'max_bad_steps',
-             'replicas'):
-    if config[name] < 1:
-        raise UserError(f'{name}={config[name]} must be at least 1')
-for name in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'skip_spikes', 'keep_checkpoints',
-             'hellaswag_interval', 'sample_interval', 'gradient_accumulation_steps', 'seed'):
-    if not 0 <= config[name] < math.inf:
-        raise UserError(f'{name}={config[name]} must be a number from 0 up')
-for name in ('beta1', 'beta2', 'wsd_decay'):
-    if not 0 < config[name] < 1:
-        raise UserError(f'{name}={config[name]} must be between 0 and 1')
 distributed.check_layout(parallel, replicas, cpu_offload, sharded_checkpoints)
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
+
+
+def check_settings():
+    """Raise UserError for settings that contradict each other; print the given ones that this run does not use."""
+    if decay_lr and min_lr > learning_rate:
+        raise UserError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
+    if profile and max_iters < 7:
+        raise UserError(f'profile traces steps 5 to 7, and max_iters is {max_iters}')
+    unused = ((not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
+              (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
+              (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
+              ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False'))
+    for condition, names, reason in unused:
+        if condition and (names := [name for name in names.split() if name in given]):
+            print0(f'not used: {", ".join(names)} ({reason})')
+    if decay_lr and 'warmup_iters' in given and warmup_iters > max_iters:
+        print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters})')
+
+
+trackers = f'{log_to},wandb' if wandb_log else log_to
+check_settings()
 lr_decay_iters = lr_decay_iters or max_iters
+accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
+tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
+if note:
+    print0(note)
 
-
-# how many micro-batches make a step
-micro_batch = batch_size * block_size * distributed.world_size  # tokens, over all processes
-if gradient_accumulation_steps:
-    if gradient_accumulation_steps % distributed.world_size:
-        raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared equally by '
-                        f'{distributed.world_size} processes: take a multiple of {distributed.world_size}')
-    accumulation_steps = gradient_accumulation_steps // distributed.world_size  # of each process
-elif total_batch_size < 1 or total_batch_size % micro_batch:
-    below = total_batch_size // micro_batch * micro_batch
-    near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
-    raise UserError(f'total_batch_size={total_batch_size} is no multiple of batch_size * block_size * processes = '
-                    f'{batch_size} * {block_size} * {distributed.world_size} = {micro_batch}: the nearest are {near}')
-else:
-    accumulation_steps = total_batch_size // micro_batch
-tokens_per_step = accumulation_steps * micro_batch
-
+# -----------------------------------------------------------------------------
 # data
-share = dict(batch_size=batch_size, block_size=block_size, rank=distributed.rank, world_size=distributed.world_size,
-             device=device)
-train_data = Loader(dataset, 'train', **share, shuffle=shuffle, seed=seed)
-val_data = Loader(dataset, 'val', **share, shuffle=False)
-tokenizer = get_tokenizer(train_data.tokenizer)
 
-# model
-step, best_val_loss, resumed = 0, math.inf, None
-skipped, bad_steps, norms = 0, 0, deque(maxlen=100)  # steps skipped, of them the last in a row; gradients' lengths
+loading = dict(batch_size=batch_size, block_size=block_size, rank=distributed.rank, world_size=distributed.world_size,
+               device=device)
+train_data = Loader(dataset, 'train', **loading, shuffle=shuffle, seed=seed)
+val_data = Loader(dataset, 'val', **loading, shuffle=False)
+tokenizer = get_tokenizer(train_data.tokenizer)
+if eval_iters and 'eval_tokens' not in [*given][[*given, 'eval_iters'].index('eval_iters'):]:
+    eval_tokens = eval_iters * batch_size * block_size
+
+# -----------------------------------------------------------------------------
+# model: from scratch, from this run's checkpoint, or from other weights
+
 ckpt_path, log_path = os.path.join(out_dir, checkpoint.NAME), os.path.join(out_dir, 'log.jsonl')
-if init_from == 'auto':
-    init_from = distributed.all_gather('resume' if os.path.exists(ckpt_path) else 'scratch')[0]
-model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+saving = distributed.master and not eval_only  # this process writes into out_dir
+lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving and os.path.isdir(out_dir) else None
+
+
+def get_model():
+    """(GPT on the CPU, name of its tokenizer, checkpoint to resume or None, its path), as init_from says."""
+    source = init_from
+    if source == 'auto' or source.startswith('resume:') and distributed.restarts:
+        found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
+        source = distributed.all_gather(found)[0]
+    if source == 'scratch':
+        args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), tokenizer.name, None, ''
+    path = checkpoint.resume_path(source, out_dir)
+    if not path:
+        return *checkpoint.pretrained(source, dropout=dropout), None, ''
+    saved = checkpoint.load(path, resume=True)
+    taken, changed = checkpoint.compare_settings(saved, path, config, given)
+    config.update(taken)
+    if taken:
+        print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
+    if changed:
+        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+    return checkpoint.model_from(saved, dropout=dropout), saved['tokenizer'], saved, path
+
+
+def fit_model(model, vocabulary):
+    """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
+    if vocabulary != tokenizer.name:
+        raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
+    longer = block_size > model.config.block_size
+    if longer and resumed:
+        raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start from its '
+                        f'weights with --init_from={resumed_path}')
+    if longer:
+        model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
+                                            if name in given})
+        return
+    for name, value in asdict(model.config).items():
+        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] not in (value, 0):
+            raise UserError(f'{given[name]}: the weights have {name}={value}')
+    model.crop_block_size(block_size)
+
+
 try:
-    if init_from == 'scratch':
-        model = GPT(GPTConfig(**model_args, vocab_size=train_data.vocab_size))
-        vocabulary = tokenizer.name
-    elif init_from == 'resume':
-        resumed = checkpoint.load(ckpt_path)
-        if 'data' not in resumed:
-            raise UserError(f'{ckpt_path} holds weights alone, not where a run was: --init_from={ckpt_path} starts from them')
-        if resumed['config']['optimizer'] != optimizer:
-            raise UserError(f'{ckpt_path} has the state of {resumed["config"]["optimizer"]}: --init_from={ckpt_path} starts from '
-                            'its weights alone')
-        model, vocabulary = checkpoint.model_from(resumed, dropout=dropout), resumed['tokenizer']
-        step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
-        norms.extend(resumed['norms'])
-    else:
-        model, vocabulary = checkpoint.pretrained(init_from, dropout=dropout)
-    if block_size < model.config.block_size:
-        model.crop_block_size(block_size)
+    model, vocabulary, resumed, resumed_path = get_model()
+    fit_model(model, vocabulary)
+    model.activation_checkpointing = activation_checkpointing
+    compiled = pick_compile(compile, device)
+    train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
+    opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 except ValueError as error:  # settings that make no model
     raise UserError(error) from None
-if vocabulary != tokenizer.name:
-    raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
-if block_size > model.config.block_size:
-    raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} that the weights were trained for')
-model.activation_checkpointing = activation_checkpointing
-
-compiled = pick_compile(compile, device)
-train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
-try:
-    optimizers = configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
-except ValueError as error:
-    raise UserError(error) from None
 scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float16')
+
+step, best_val_loss, skipped, bad_steps = 0, math.inf, 0, 0  # bad_steps: skipped in a row
 if resumed:
-    distributed.set_optimizer_state(model, optimizers, resumed['optimizer'])
-    if resumed['scaler']:  # else it ran without one
+    step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
+    checkpoint.restore_optimizers(model, opts, resumed['optimizer'])
+    if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
+skip_rule = optimizers.SkipRule(skip_spikes, device, resumed or {})
 
 
 def get_lr(step):
-    """Linear warmup to learning_rate, then down to min_lr at lr_decay_iters by lr_schedule."""
+    """Learning rate of a step: linear warmup to learning_rate, then lr_schedule down to min_lr at lr_decay_iters."""
     if not decay_lr:
         return learning_rate
     if step < warmup_iters:
@@ -207,186 +247,270 @@ def get_lr(step):
         left = min(1.0, left / wsd_decay)
     return min_lr + left * (learning_rate - min_lr)
 
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+class Stopped(Exception):
+    """A signal asks for an end during an evaluation."""
+
 
 @torch.no_grad()
 def validation_loss(data):
-    """The mean loss in nats over the same tokens each time, computed by all processes together."""
+    """Mean loss in nats over the first eval_tokens tokens of a split, by all processes together. Raises Stopped."""
     total = count = 0
-    for x, y in data.eval_batches(eval_iters):
+    for x, y in data.eval_batches(max(1, eval_tokens // block_size)):
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
         total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
+        if not eval_only and distributed.stop_agreed(device):
+            raise Stopped
     total, count = distributed.all_sum(total, count, device=device)
     return total / count
 
 
 def sample():
-    """Print two short texts by the model. All processes take part; their random numbers stay as they are."""
+    """Print two short texts. All processes take part; the training's random numbers stay as they are."""
     with torch.compiler.set_stance('force_eager'), autocast(dtype, device):
-        start = torch.full((2, 1), tokenizer.eot, device=device)
+        start = torch.full((2, 1), tokenizer.eot, device=device)  # (B, T)
         seeds = seed + step, seed + step + 1
         for row in model.generate(start, max_new_tokens=min(64, block_size), top_k=50, seeds=seeds).tolist():
             print0(f'  > {tokenizer.decode(row[1:])!r}')
 
 
+def get_hellaswag():
+    """HellaSwag's items, tokenized; none, and a line that says so, if they were not asked for and can't be downloaded."""
+    try:
+        items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
+    except UserError as error:
+        if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
+            raise
+        print0(f'HellaSwag is not scored: {error}; --hellaswag_interval=0 turns it off')
+        items = []
+    return hellaswag.prepare(items, tokenizer, model.config.block_size)
+
+
 def due(interval):
-    return interval and (step % interval == 0 or step == max_iters)
+    return interval > 0 and (step % interval == 0 or step == max_iters or eval_only)
 
 
 def evaluate():
-    """Score the model as it is now. Returns what the log will hold of it."""
+    """Score the model, print the scores and return them for the log. Raises Stopped after a signal."""
+    result, parts, began = {'step': step}, [f'step {step}/{max_iters}'], time.perf_counter()
     model.eval()
-    began = time.perf_counter()
-    losses = {name: validation_loss(data) for name, _, data in val_data.parts}
-    val_loss = sum(weight * losses[name] for name, weight, _ in val_data.parts)
-    result = {'step': step, 'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
-    line = f'step {step}/{max_iters} | val loss {val_loss:.4f} | perplexity {result["perplexity"]:.2f}'
-    if len(losses) > 1:  # a mixture
-        result |= {'val_losses': losses, 'drawn': train_data.stats()}
-        line += ''.join(f' | {name} {losses[name]:.4f}, {drawn["share"]:.1%} of the blocks, {drawn["epochs"]:.2f} epochs'
-                        for name, drawn in result['drawn'].items())
-    if due(hellaswag_interval):
+    if due(eval_interval):
+        losses = {name: validation_loss(data) for name, _, data in val_data.parts}
+        val_loss = sum(weight * losses[name] for name, weight, _ in val_data.parts)
+        result |= {'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
+        parts += [f'val loss {val_loss:.4f}', f'perplexity {result["perplexity"]:.2f}']
+        if len(losses) > 1:  # a mixture
+            result |= {'val_losses': losses, 'drawn': train_data.stats()}
+            parts += [f'{name} {losses[name]:.4f}, {drawn["share"]:.1%} of the blocks, {drawn["epochs"]:.2f} epochs'
+                      for name, drawn in result['drawn'].items()]
+    if rows and due(hellaswag_interval):
         with torch.compiler.set_stance('force_eager'):
-            scores = hellaswag.evaluate(model, tokenizer, items, device=device, dtype=dtype)
+            scores = hellaswag.evaluate(model, rows, device=device, dtype=dtype)
         result['hellaswag'] = scores['acc_norm']
-        line += f' | hellaswag {scores["acc_norm"]:.4f} (of {len(items)})'
-    print0(f'{line} | {time.perf_counter() - began:.1f} s')
+        parts.append(f'hellaswag {scores["acc_norm"]:.4f} (of {len(rows)})')
+    result['eval_s'] = time.perf_counter() - began
+    if len(parts) > 1:
+        print0(' | '.join(parts + [f'{result["eval_s"]:.1f} s']))
     if due(sample_interval):
         sample()
     model.train()
     return result
 
-
-def write_log(entry):
-    if distributed.master:
-        try:
-            with open(log_path, 'a') as f:
-                f.write(json.dumps(entry) + '\n')
-        except OSError as error:  # a full disk: better a gap in the log than the end of the run
-            print(f'{log_path} could not be written: {error.strerror}', file=sys.stderr, flush=True)
-        if wandb_log:
-            wandb.log(entry, step=entry['step'])
+# -----------------------------------------------------------------------------
+# log and checkpoints
 
 
 def save(best=False):
-    """Write what a resume needs to go on as if nothing had happened; in the background, once it is copied."""
-    state = (checkpoint.sharded_state(model, optimizers, out_dir) if sharded_checkpoints
-             else distributed.training_state(model, optimizers))
+    """Write what an exact resume needs, in the background once it is copied."""
+    state = (checkpoint.sharded_state(model, opts, out_dir) if sharded_checkpoints
+             else distributed.training_state(model, opts))
     state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
-              'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped, 'norms': list(norms)}
+              'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
+              **skip_rule.state_dict()}
     checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
-def is_spike(norm):
-    """Is the gradient much longer than those of the last 100 good steps?"""
-    return (skip_spikes and len(norms) == norms.maxlen
-            and norm > statistics.fmean(norms) + skip_spikes * statistics.stdev(norms))
-
-
-distributed.stop_on_signals()
-if distributed.master and not eval_only:
+def draw_curves():
+    """out_dir/curves.png, if it can be drawn."""
     try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'out_dir={out_dir} cannot be made: {error.strerror}')
-    if init_from == 'resume':
-        log.rewind(log_path, step)
-    else:
-        log.archive_previous_run(out_dir)
-items = distributed.first_then_all(lambda: hellaswag.load_items(hellaswag_data, hellaswag_limit)) if hellaswag_interval else []
-if wandb_log and distributed.master:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log needs Weights & Biases: pip install wandb')
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        from plot import curves
+        curves([out_dir], os.path.join(out_dir, 'curves.png'))
+    except Exception as error:  # whatever it is, the run continues
+        if not os.path.exists(os.path.join(out_dir, 'curves.png')) and 'matplotlib' not in str(error):
+            print0(f'no curves.png: {error}')
 
+
+def progress_line(entry, note=''):
+    """A step's line, or as much of it as the terminal is wide."""
+    left = timedelta(seconds=round((max_iters - entry['step']) * statistics.median(durations)))
+    parts = {'step': f'step {entry["step"]}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}',
+             'lr': f'lr {entry["lr"]:.2e}', 'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
+             'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    for name in 'mfu', 'ms', 'lr', 'norm', '':
+        if len(line := ' | '.join(parts.values()) + note) < width:
+            break
+        parts.pop(name, None)
+    return line
+
+
+def finish_step(step, lr, numbers, data_s):
+    """Log a step whose numbers are known by now. Returns whether a signal came."""
+    global bad_steps, skipped, finished
+    loss, grad_norm, skip, stop = numbers()
+    bad_steps, skipped = (bad_steps + 1 if skip else 0), skipped + int(skip)
+    finished, before = time.perf_counter(), finished
+    seconds = finished - before
+    durations.append(seconds)
+    entry = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
+             'tokens_per_s': tokens_per_step / seconds, 'mfu': model.flops_per_token() * tokens_per_step / seconds / peak,
+             'skipped': skipped, 'data_ms': data_s * 1e3}
+    if 'cuda' in device:
+        entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
+    if step % log_interval == 0 or step == max_iters or skip:
+        print0(progress_line(entry, f' | skipped ({skipped} so far)' if skip else ''))
+        write_log(entry)
+    if bad_steps == max_bad_steps:
+        checkpoint.wait()
+        raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {loss:.4g}, norm '
+                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+    return bool(stop)
+
+
+def step_is_slow(seconds):
+    """Tell the user early that a step takes longer than a minute, and what makes it shorter."""
+    if seconds > 60:
+        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of {batch_size} x '
+               f'{block_size} tokens; a smaller total_batch_size, block_size or model is faster')
+
+
+rows = get_hellaswag()
 peak = peak_flops(dtype, device) * distributed.world_size
-print0(f'{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
-    f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
+n_params = model.get_num_params()
+print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
+       f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
+write_log = lambda entry: None
+if saving:  # from here on out_dir is this run's
+    lock = lock or files.lock(out_dir)
+    started = log.start_trackers(trackers, wandb_project, wandb_run_name, config, out_dir, step)
+    if not resumed or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
+        log.archive_previous_run(out_dir)
+    else:
+        if resumed_path != ckpt_path:
+            log.archive_previous_run(out_dir, after=step)
+        log.rewind(log_path, step)
+    write_log = log.Log(log_path, started).write
+    write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
+               'data': train_data.state_dict()})
+
+tracer = None
+if profile and saving:
+    tracer = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
+    tracer.start()
 
 torch.manual_seed(seed + distributed.rank + step)  # dropout differs from process to process
 if resumed and len(resumed['random']) == distributed.world_size:
     checkpoint.set_random_state(resumed['random'][distributed.rank], device)
 del resumed
 
-tracer = None
-if profile and distributed.master:
-    tracer = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda trace: trace.export_chrome_trace(os.path.join(out_dir, 'trace.json')))
-    tracer.start()
+# -----------------------------------------------------------------------------
+# the loop
 
+if not eval_only:
+    distributed.stop_on_signals()
+stop, first, unfinished = False, step, deque()  # unfinished: steps whose numbers are still on the device
+durations, finished = deque(maxlen=50), time.perf_counter()  # seconds of the last steps; when the last one finished
 model.train()
 while True:
-    if due(eval_interval) or due(hellaswag_interval) or due(sample_interval) or eval_only:
-        result = evaluate()
-        if eval_only:
-            break
-        write_log(result)
-        improved = result['val_loss'] < best_val_loss
-        if step > 0 and math.isfinite(result['val_loss']) and (improved or always_save_checkpoint):
-            best_val_loss = min(best_val_loss, result['val_loss'])
-            save(best=improved)
-    if step >= max_iters:
+    # evaluate; the checkpoint comes first, so that nothing is lost while it takes its time
+    if due(eval_interval) or due(hellaswag_interval) or due(sample_interval):
+        while unfinished:
+            stop |= finish_step(*unfinished.popleft())
+        checkpoint_due = due(eval_interval) and step > first and not eval_only
+        if checkpoint_due and always_save_checkpoint:
+            save()
+        if step == first and due(eval_interval):
+            print0(f'evaluating on {min(eval_tokens, sum(data.n_tokens for data in val_data.splits)):,} tokens')
+        try:
+            result = evaluate()
+        except Stopped:
+            stop = True
+        else:
+            write_log(result)
+            if checkpoint_due and result['val_loss'] < best_val_loss:
+                best_val_loss = result['val_loss']
+                if always_save_checkpoint:
+                    checkpoint.keep_best(out_dir)
+                else:
+                    save(best=True)
+            if curves and saving and 'val_loss' in result:
+                distributed.in_background(draw_curves)
+        finished = time.perf_counter()
+    if step >= max_iters or eval_only or stop:
         break
 
-    began = time.perf_counter()
-    lr = get_lr(step)
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = lr
+    # forward and backward; gradients add up over the micro-batches
+    began, data_s = time.perf_counter(), 0.0
+    before = train_data.state_dict(), checkpoint.random_state(device)
     train_loss = 0
     for micro_step in range(accumulation_steps):
+        waiting = time.perf_counter()
         x, y = train_data.next_batch()  # (B, T) each
+        data_s += time.perf_counter() - waiting
         distributed.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
             _, loss = train_model(x, y, return_logits=False)
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
-    for opt in optimizers:
+        if step == first and micro_step == 0:
+            step_is_slow((time.perf_counter() - began) * accumulation_steps)
+        if distributed.world_size == 1 and distributed.stop_requested() and micro_step < accumulation_steps - 1:
+            stop = True  # one process need not finish a long step: it will be repeated
+            train_data.load_state_dict(before[0])
+            checkpoint.set_random_state(before[1], device)
+            break
+    if stop:
+        break
+
+    # clip; sum over the processes; skip a step that would do harm, which the device decides
+    for opt in opts:
         scaler.unscale_(opt)
     grad_norm = distributed.clip_grad_norm(model, grad_clip)
-    # the one moment at which the host waits for the device: what all processes have to say of this step
-    train_loss, grad_norm, stops = distributed.all_sum(train_loss / distributed.world_size, grad_norm / distributed.world_size,
-                                               distributed.stop_requested() > 0, device=device)
-    good = math.isfinite(train_loss) and math.isfinite(grad_norm) and not is_spike(grad_norm)
-    for opt in optimizers:
-        if good:
-            scaler.step(opt)
-        opt.zero_grad(set_to_none=True)
+    numbers = distributed.sum_over_ranks(train_loss / distributed.world_size, grad_norm / distributed.world_size,
+                                         distributed.stop_requested() > 0, device=device)
+    skip = skip_rule(*numbers[:2])
+    lr = get_lr(step)
+    optimizers.set_lr(opts, lr)
+    optimizers.step(opts, skip)
     scaler.update()
-    if good:
-        bad_steps = 0
-        norms.append(grad_norm)
-    else:
-        bad_steps, skipped = bad_steps + 1, skipped + 1
     step += 1
     if tracer:
         tracer.step()
-    seconds = time.perf_counter() - began
-    tokens_per_s = tokens_per_step / seconds
-    mfu = model.flops_per_token() * tokens_per_s / peak
-    if step % log_interval == 0 or step == max_iters or not good:
-        left = timedelta(seconds=round((max_iters - step) * seconds))
-        note = '' if good else f' | skipped ({skipped} so far)'
-        print0(f'step {step}/{max_iters} | loss {train_loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | '
-            f'{seconds * 1e3:.0f} ms | {tokens_per_s:,.0f} tokens/s | mfu {mfu:.1%} | {left} left{note}')
-        write_log({'step': step, 'loss': train_loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
-             'tokens_per_s': tokens_per_s, 'mfu': mfu, 'skipped': skipped})
-    if bad_steps == max_bad_steps:
-        checkpoint.wait()
-        raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {train_loss:.4g}, norm '
-                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
-    if stops and good:
-        save()
-        if checkpoint.wait():
-            print0(f'saved {ckpt_path} at step {step}; --init_from=resume goes on from it')
+
+    # log; from a GPU the numbers of the step before, so that the host never waits for the device
+    unfinished.append((step, lr, fetch(torch.stack((*numbers[:2], skip, numbers[2]))), data_s))
+    while len(unfinished) > ('cuda' in device):
+        stop |= finish_step(*unfinished.popleft())
+    if step == first + 1:
+        gc.freeze()  # what lives this long lives to the end: the collector need not look at it again
+    if stop:
         break
 
+while unfinished:
+    finish_step(*unfinished.popleft())
+if stop and bad_steps == 0:
+    save()
 saved = checkpoint.wait()
+if stop and saved and not bad_steps:
+    print0(f'saved {ckpt_path} at step {step}; --init_from=resume continues from it')
 distributed.shutdown()
 if not saved:
     sys.exit(1)

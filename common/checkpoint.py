@@ -1,27 +1,34 @@
 """
-Checkpoints: written so that an interruption never costs the one before, read without running any code.
+Checkpoints: written so that an interruption never costs the previous one, read without running any code.
 
 A checkpoint is a dictionary with nanoGPT's keys (model, model_args, optimizer, iter_num, best_val_loss, config)
-and what else a run needs to go on as if it had not stopped (tokenizer, data, random, …). It holds whole tensors by
-the names that they have in one process, so how many processes wrote it, and in which layout, leaves no trace.
+and what else a run needs to continue as if it had not stopped (tokenizer, data, random, …). It holds full tensors
+under the names that they have in one process: how many processes wrote it, and in which layout, leaves no trace.
 
-One too large for a process is written by all: each puts its shards of the tensors into a folder beside ckpt.pt, as
+One too large for a process is written by all: each writes its shards of the tensors to a folder beside ckpt.pt, as
 safetensors, and ckpt.pt holds the rest and the folder's name.
 """
 
 import itertools
+import numbers
 import os
 import pickle
+import re
 import shutil
+import struct
 import sys
+import zipfile
+import zlib
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from common import convert, distributed
+from common import convert, distributed, files
 from data.errors import UserError
 
 NAME = 'ckpt.pt'  # in out_dir
+SHARDS = re.compile(r'shards_\d{6,}')  # a folder in out_dir
 
 # -----------------------------------------------------------------------------
 # what a checkpoint holds
@@ -56,14 +63,24 @@ writing = None  # the future of the checkpoint that is being written
 
 
 def save(checkpoint, out_dir, best=False, keep=0):
-    """Start to write out_dir/ckpt.pt in the background, once the one before is written. All processes call it.
+    """Start to write out_dir/ckpt.pt in the background, once the previous one is written. All processes call it.
 
-    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step's number), of which so many stay.
+    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step), of which the last `keep` up to this step stay.
     """
     global writing
     wait()
     if distributed.master or 'shards' in checkpoint:
         writing = distributed.in_background(write, checkpoint, Path(out_dir), best, keep)
+
+
+def keep_best(out_dir):
+    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it. All processes call it."""
+    def copy(written=writing):
+        if written and written.result():
+            warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, Path(out_dir, NAME))
+
+    if distributed.master:
+        distributed.in_background(copy)
 
 
 def wait():
@@ -72,94 +89,297 @@ def wait():
 
 
 def write(checkpoint, out_dir, best, keep):
-    """Write a checkpoint under a temporary name, make sure that it is on the disk, then give it its names, ckpt.pt
-    last: what a resume starts from has all that came with it. A full disk is reported, and leaves all as it was."""
-    step, temporary = checkpoint['iter_num'], out_dir / f'{NAME}.tmp'
+    """Write ckpt.pt and its copies, ckpt.pt last: what a resume starts from has all that came with it. Whatever the
+    disk refuses is one line, and the previous files are kept. Returns whether ckpt.pt was written."""
+    step = checkpoint['iter_num']
     try:
-        if temporary.is_file():
-            temporary.unlink()  # a killed run's, and perhaps ckpt_best.pt under another name
+        out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         if 'shards' in checkpoint:
-            distributed.save_shards(checkpoint.pop('tensors'), out_dir / checkpoint['shards'])
+            folder = out_dir / checkpoint['shards']
+            distributed.save_shards(checkpoint.pop('tensors'), folder)
+            sums = distributed.gather_from_writers(own_checksums(folder))
             if not distributed.master:
                 return True
-        with open(temporary, 'wb') as f:
+            checkpoint['crc32'] = {name: crc for part in sums for name, crc in part.items()}
+        with files.atomic_write(out_dir / NAME) as f:
             torch.save(checkpoint, f)
             f.flush()
-            os.fsync(f.fileno())
-        if keep:
-            link_atomically(temporary, out_dir / f'ckpt_{step:06d}.pt')
-            for path in sorted(out_dir.glob('ckpt_[0-9]*.pt'), key=os.path.getmtime)[:-keep]:
-                path.unlink()
-        if best:
-            link_atomically(temporary, out_dir / 'ckpt_best.pt')
-        os.replace(temporary, out_dir / NAME)
-        if 'shards' in checkpoint:
-            remove_unused_shards(out_dir)
-        return True
+            for name in ['ckpt_best.pt'] * best + [f'ckpt_{step:06d}.pt'] * bool(keep):
+                warn_if_failed('written', out_dir / name, files.copy, f.name)
     except (OSError, RuntimeError) as error:  # torch.save has errors of its own
         if not distributed.master:
             return False
         if 'shards' in checkpoint:
-            shutil.rmtree(out_dir / checkpoint['shards'], ignore_errors=True)
-        temporary.unlink(missing_ok=True)
-        before = f'{out_dir / NAME} is still the one before' if (out_dir / NAME).exists() else 'there is none yet'
-        print(f'the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}): {before}',
+            shutil.rmtree(folder, ignore_errors=True)
+        previous = f'the previous checkpoint is kept ({out_dir / NAME})' if (out_dir / NAME).exists() else 'there is none yet'
+        print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): {previous}',
               file=sys.stderr, flush=True)
         return False
+    for _, path in [*files.numbered(out_dir, step)][keep:] if keep else []:
+        warn_if_failed('removed', path, Path.unlink)
+    if 'shards' in checkpoint:
+        warn_if_failed('cleared of unused shards', out_dir, remove_unused_shards)
+    return True
+
+
+def warn_if_failed(done, path, function, *args):
+    """function(*args, path), where a failure costs one line: 'PATH could not be DONE'."""
+    try:
+        function(*args, path)
+    except OSError as error:
+        print(f'{path} could not be {done}: {files.reason(error)}', file=sys.stderr, flush=True)
 
 
 def remove_unused_shards(out_dir):
-    """Remove the folders that no checkpoint names any more."""
+    """Remove the folders of shards that no checkpoint names any more."""
     try:
         used = {torch.load(path, weights_only=True, mmap=True).get('shards') for path in out_dir.glob('*ckpt*.pt')}
     except (RuntimeError, EOFError, pickle.UnpicklingError):  # somebody else's file: better keep too much
         return
-    for folder in out_dir.glob('shards_[0-9]*'):
-        if folder.name not in used:
+    for folder in out_dir.glob('shards_*'):
+        if SHARDS.fullmatch(folder.name) and folder.name not in used:
             shutil.rmtree(folder)
 
 
-def link_atomically(path, name):
-    """Give a file a further name, atomically, in no further space where the file system has links."""
-    temporary = f'{name}.tmp'
-    Path(temporary).unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
+def own_checksums(folder):
+    """{name: CRC-32} of the files that this process has written into a folder of shards."""
+    return {path.name: crc32(path) for path in folder.glob(f'shard-{distributed.rank + 1:05d}-*')}
+
+
+def crc32(path):
+    value = 0
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
 
 # -----------------------------------------------------------------------------
 # reading
 
-def load(path, device='cpu'):
-    """The checkpoint at path. Exits with one line if there is none or it cannot be read."""
+def resume_path(init_from, out_dir):
+    """The checkpoint to continue from: 'resume' is out_dir/ckpt.pt, 'resume:PATH' another one, such as
+    out/ckpt_000250.pt. None for any other init_from."""
+    if init_from == 'resume':
+        return os.path.join(out_dir, NAME)
+    return init_from.removeprefix('resume:') if init_from.startswith('resume:') else None
+
+
+def load(path, device='cpu', resume=False):
+    """The checkpoint at path, checked as a whole: its bytes, its entries, and that its weights fit model.py.
+
+    resume: it must also hold what continuing a run needs. Raises UserError that names the file and what is wrong.
+    """
+    path = str(path)
     if not os.path.isfile(path):
-        raise UserError(f'no checkpoint {path}: train first, or set out_dir to the folder that has one')
+        raise UserError(f'no checkpoint {path}: ' + (alternative(path)
+                                                    or 'train first, or set out_dir to the folder that has one'))
+    if damage := find_damage(path):
+        raise UserError(f'{path} is not a readable checkpoint: {damage}' + (f'; {more}' if (more := alternative(path)) else ''))
     peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]  # nothing else is let in
     try:
         with torch.serialization.safe_globals(peers):
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-        raise UserError(f'{path} is no checkpoint that can be read: {str(error).splitlines()[0]}')
+    except pickle.UnpicklingError:
+        raise UserError(f'{path} is not a readable checkpoint: it holds objects that are neither tensors nor plain '
+                        'values, and these are not loaded, since that could run code') from None
+    except Exception as error:  # of a file with other contents than torch.save's: anything
+        raise UserError(f'{path} is not a readable checkpoint: {files.reason(error)}') from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{path} holds no GPT')
+    if 'tokenizer' not in checkpoint:
+        checkpoint = convert.from_peer(checkpoint, path)
+    if resume and 'data' not in checkpoint:
+        raise UserError(f'{path} holds weights alone, not where a run was: --init_from={path} starts from them')
+    check_entries(checkpoint, path, resume)
     if 'shards' in checkpoint:
-        add_shards(checkpoint, Path(path).parent / checkpoint['shards'])
-    return checkpoint if 'tokenizer' in checkpoint else convert.from_peer(checkpoint, path)
+        add_shards(checkpoint, path)
+    check_weights(checkpoint, path)
+    return checkpoint
 
 
-def add_shards(checkpoint, folder):
+def find_damage(path):
+    """Why a file is not a whole file of torch.save's, or None. Every byte is compared with the file's CRC-32 sums,
+    which PyTorch writes but does not check."""
+    try:
+        with open(path, 'rb') as f:
+            start = f.read(4)
+        if not start:
+            return 'the file is empty'
+        if not zipfile.is_zipfile(path):
+            return 'the file is cut short' if start == b'PK\3\4' else 'torch.save did not write it'
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        return damaged and f'the file is damaged ({damaged} has another CRC-32)'
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error) as error:
+        return f'the file is damaged ({files.reason(error)})'
+    except OSError as error:
+        return files.reason(error)
+
+
+def alternative(path):
+    """How to use the newest whole checkpoint beside one that is missing or damaged; '' if there is none."""
+    folder = Path(path).parent
+    archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
+                      key=lambda path: -int(path.name.split('.')[0]))
+    for other in *(path for _, path in files.numbered(folder)), *archived:
+        if str(other) != str(Path(path)) and not find_damage(other):
+            return f'--init_from=resume:{other} takes the newest whole one'
+    return ''
+
+
+def check_entries(checkpoint, path, resume):
+    """Raise UserError unless a checkpoint's entries are there, and of their types."""
+    def expect(ok, entry, what):
+        if not ok:
+            raise UserError(f'{path}: {entry} is not {what}' if entry.split('[')[0] in checkpoint else f'{path} has no {entry}')
+
+    def is_a(kind, *names):
+        for name in names:
+            value = checkpoint.get(name)
+            expect(isinstance(value, kind) and not isinstance(value, bool), name, f'of type {kind.__name__}')
+
+    todo = [*checkpoint.items()]
+    while todo:
+        name, x = todo.pop()
+        if isinstance(x, torch.Tensor) and (x.layout != torch.strided or x.is_quantized or x.is_meta
+                                            or x.numel() * x.element_size() > x.untyped_storage().nbytes()):
+            raise UserError(f'{path}: {name} holds a tensor that is not dense')
+        todo += [(name, y) for y in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ())]
+    is_a(dict, 'model', 'model_args')
+    is_a(str, 'tokenizer')
+    if 'shards' in checkpoint:
+        expect(isinstance(checkpoint['shards'], str) and SHARDS.fullmatch(checkpoint['shards']), 'shards',
+               'the name of a folder beside it, such as shards_000000')
+        checkpoint.setdefault('optimizer', {'state': {}})
+        is_a(dict, 'optimizer')
+        expect(isinstance(checkpoint['optimizer'].get('state'), dict), 'optimizer', 'of the form {state, param_groups}')
+    if not resume:
+        return
+    is_a(dict, 'optimizer', 'data', 'config', 'scaler')
+    is_a(list, 'random')
+    is_a(int, 'iter_num', 'skipped')
+    expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
+    expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
+    is_a(numbers.Real, 'best_val_loss')
+    for name in 'losses', 'norms':  # of the last steps
+        expect(isinstance(past := checkpoint.get(name, []), list) and all(isinstance(x, float) for x in past), name,
+               'a list of floats')
+    expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
+               and 'cpu' in state for state in checkpoint['random']), 'random', 'a list of random number generators\' states')
+    state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
+    expect(isinstance(state, dict) and all(isinstance(x, dict) for x in state.values()) and isinstance(groups, list)
+           and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups), 'optimizer',
+           'of the form {state, param_groups}')
+
+
+def check_weights(checkpoint, path):
+    """Raise UserError unless a checkpoint's tensors are finite and fit model.py."""
+    from model import GPT, GPTConfig
+    args, weights, types = checkpoint['model_args'], checkpoint['model'], {f.name: f.type for f in fields(GPTConfig)}
+    if unknown := [name for name in args if name not in types]:
+        raise UserError(f'{path}: its model_args have {some(unknown)}, which GPTConfig in model.py lacks')
+    for name, value in args.items():
+        if not (type(value) is types[name] or types[name] is float and type(value) is int):
+            raise UserError(f'{path}: {name}={value!r} in its model_args is not of type {types[name].__name__}')
+    for name, w in weights.items():
+        if not (isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()):
+            raise UserError(f'{path}: the weight {name} is not a tensor of floats')
+    try:
+        config = GPTConfig(**args)
+        if config.n_layer > len(weights):
+            raise ValueError(f'n_layer={config.n_layer}, and it has {len(weights)} weights')
+        with torch.device('meta'):
+            expected = GPT(config).state_dict()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f'{path}: its model_args make no model: {files.reason(error)}') from None
+    problems = []
+    if new := expected.keys() - weights.keys():
+        problems.append(f'model.py has {some(new)}, which the checkpoint lacks')
+    if gone := weights.keys() - expected.keys():
+        problems.append(f'the checkpoint has {some(gone)}, which model.py lacks')
+    if other := [f'{name} {tuple(weights[name].shape)} instead of {tuple(w.shape)}' for name, w in expected.items()
+                 if name in weights and weights[name].shape != w.shape]:
+        problems.append(f'the checkpoint has {some(other)}')
+    if problems:
+        raise UserError(f'{path} does not fit model.py: {"; ".join(problems)}')
+    check_finite(weights, path)
+    optimizer = checkpoint.get('optimizer', {})
+    for name, state in optimizer.get('state', {}).items():
+        for key, x in state.items():
+            if not isinstance(x, torch.Tensor) or x.dim() and (name not in weights or x.shape != weights[name].shape):
+                raise UserError(f'{path}: {key} of {name} in its optimizer is not a tensor of the weight\'s shape')
+    for group in optimizer.get('param_groups', []):
+        if len({frozenset(optimizer['state'].get(name, ())) for name in group['params'] if isinstance(name, str)}) > 1:
+            raise UserError(f'{path}: a part of its optimizer\'s state is missing')
+
+
+def check_finite(weights, path):
+    """Raise UserError that names the weights with NaN or infinity."""
+    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
+        raise UserError(f'{path}: {some(bad)} has values that are not finite')
+
+
+def some(names):
+    """The first three names and how many more there are."""
+    names = sorted(map(str, names))
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def compare_settings(checkpoint, path, config, given):
+    """What a resumed run's settings are, beside those that the checkpoint was written with.
+
+    config: {name: value} of this run; given: {name: where} of those that the user set. Returns (taken, changed): the model's
+    settings that come from the checkpoint instead, {name: value}, and the settings that take effect from here on,
+    {name: (then, now)}. Raises UserError for one that can't take effect.
+    """
+    from model import GPTConfig
+    then, fixed = checkpoint['config'], asdict(GPTConfig(**checkpoint['model_args']))
+
+    def resolve(name):  # n_kv_head=0 and the like stand for another number
+        try:
+            return getattr(GPTConfig(**fixed | {name: config[name]}), name)
+        except ValueError:
+            return config[name]
+
+    model = fixed.keys() & config.keys() - {'dropout', 'block_size'}  # these may change
+    taken = {name: fixed[name] for name in config if name in model and resolve(name) != fixed[name]}
+    if wrong := [name for name in taken if name in given]:
+        raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}')
+    if then.get('optimizer', config['optimizer']) != config['optimizer']:
+        raise UserError(f'{path} has the state of {then["optimizer"]}: --init_from={path} starts from its weights alone')
+    if config['max_iters'] < checkpoint['iter_num']:
+        raise UserError(f'max_iters={config["max_iters"]}: {path} has reached step {checkpoint["iter_num"]}')
+    return taken, {name: (then[name], now) for name, now in config.items()
+                   if name in then and then[name] != now and name not in model | {'out_dir', 'init_from'}}
+
+
+def restore_optimizers(model, optimizers, state):
+    """Give the optimizers their saved state (moments, steps). Learning rate, weight decay and betas stay this run's."""
+    if missing := [name for name, _ in model.named_parameters() if name not in state['state']]:
+        raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
+    distributed.set_optimizer_state(model, optimizers, state)
+
+
+def add_shards(checkpoint, path):
     """Put the tensors that sharded_state took out back into their places, whole."""
+    folder = Path(path).parent / checkpoint['shards']
+    for name, crc in checkpoint.pop('crc32', {}).items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise UserError(f'the shard {file} of {path} is missing')
+        if crc32(file) != crc:
+            raise UserError(f'the shard {file} of {path} is damaged: it has another CRC-32')
     try:
         tensors = distributed.load_shards(folder)
     except Exception as error:  # each of the layers below has its own
-        raise UserError(f'the shards {folder} cannot be read: {str(error).strip().splitlines()[0]}')
+        raise UserError(f'the shards {folder} cannot be read: {files.reason(error)}') from None
     for name, tensor in tensors.items():
         if name.startswith('model.'):
             checkpoint['model'][name.removeprefix('model.')] = tensor
         else:
             name, key = name.removeprefix('optimizer.').rsplit('.', 1)
             checkpoint['optimizer']['state'].setdefault(name, {})[key] = tensor
-    if checkpoint['model_args']['tie_embeddings']:
+    if checkpoint['model_args'].get('tie_embeddings') and 'transformer.wte.weight' in checkpoint['model']:
         checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
 
 
@@ -183,7 +403,9 @@ def pretrained(init_from, **overrides):
 
 
 def load_model(init_from, out_dir, device):
-    """(model, name of its tokenizer) for sampling and evaluation: 'resume' is out_dir/ckpt.pt, else as pretrained."""
-    model, tokenizer = pretrained(os.path.join(out_dir, NAME) if init_from == 'resume' else init_from)
+    """(model, name of its tokenizer) for sampling and evaluation: init_from is as in resume_path, else in pretrained."""
+    if init_from in ('scratch', 'auto'):
+        raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
+    model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)
     return model.to(device).eval(), tokenizer
 

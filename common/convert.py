@@ -1,240 +1,561 @@
 """
-Weights to and from Hugging Face: folders and hub models in, folders that transformers opens out, tokenizer and all.
+Weights to and from Hugging Face, nanoGPT and build-nanogpt, and the tokenizer that they were trained with.
 
-Only names and shapes are translated here, from one dictionary of tensors to another; model.py uses it. There are
-three families. In transformers they are
+A folder of transformers' holds config.json, model.safetensors and a tokenizer. FAMILIES, below, says which of its
+architectures a GPT can be, and how:
 
-    gpt2    GPT2LMHeadModel   learned positions, LayerNorm, GELU
-    llama   LlamaForCausalLM  RoPE, RMSNorm, SwiGLU, grouped heads
-    qwen3   Qwen3ForCausalLM  the same with normalised queries and keys, without biases
+    gpt2      GPT2LMHeadModel      learned positions, LayerNorm, GELU
+    llama     LlamaForCausalLM     RoPE, RMSNorm, SwiGLU, grouped heads
+    qwen3     Qwen3ForCausalLM     the same with normalised queries and keys, without biases
+    nanochat  NanoChatForCausalLM  RoPE, RMSNorm without gains, also after the embedding and on queries and keys, ReLU²
+
+Only names, shapes and settings are translated, and whatever cannot be is refused by name. A new field of GPTConfig
+is exported once a family lists it.
 """
 
 import json
+import math
 import os
+import re
+import uuid
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from common.files import reason
 from data.errors import UserError
-from data.tokenizer import TOKENIZERS, get_tokenizer, tokenizer_files
-
-# what GPTConfig has where transformers has the family
-FAMILIES = {
-    'gpt2': dict(position='learned', norm='layernorm', mlp='gelu', qk_norm=False, softcap=0.0, n_kv_head=0),
-    'llama': dict(position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=False, softcap=0.0),
-    'qwen3': dict(position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, softcap=0.0, bias=False),
-}
-CLASSES = dict(gpt2='GPT2LMHeadModel', llama='LlamaForCausalLM', qwen3='Qwen3ForCausalLM')
-
-# settings of transformers' that change what is computed, with the only value that a GPT here can have
-ONLY = {
-    'gpt2': dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
-                 scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)),
-    'llama': dict(hidden_act=('silu',), rope_scaling=(None,), pretraining_tp=(1,)),
-    'qwen3': dict(hidden_act=('silu',), rope_scaling=(None,), use_sliding_window=(False,)),
-}
-
-# GPT-2's have our names, but are kept transposed, as in the Conv1D layers of OpenAI's TensorFlow code
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
-
-# ours: theirs; where they have several matrices we have one, with the rows of all
-LLAMA_NAMES = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head']}
-LLAMA_BLOCK = {'ln_1': ['input_layernorm'], 'ln_2': ['post_attention_layernorm'],
-               'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
-               'attn.c_proj': ['self_attn.o_proj'], 'attn.q_norm': ['self_attn.q_norm'],
-               'attn.k_norm': ['self_attn.k_norm'], 'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
-               'mlp.c_proj': ['mlp.down_proj']}
-
-
-def llama_names(n_layer):
-    blocks = {f'transformer.h.{i}.{ours}': [f'model.layers.{i}.{name}' for name in theirs]
-              for i in range(n_layer) for ours, theirs in LLAMA_BLOCK.items()}
-    return {f'{ours}.{kind}': [f'{name}.{kind}' for name in theirs]
-            for ours, theirs in (LLAMA_NAMES | blocks).items() for kind in ('weight', 'bias')}
+from data.tokenizer import TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
 # -----------------------------------------------------------------------------
-# in
+# the families
+
+class Family(NamedTuple):
+    kind: str  # transformers' class
+    fixed: dict  # GPTConfig fields that are not GPTConfig's defaults
+    fields: dict  # those that vary: (name in config.json, value where it is missing; ... where it must be there)
+    settings: dict  # what else changes the computation: the values that compute what GPT does; the first is written
+    biases: dict  # {part of a block: the setting that gives its Linears biases}; empty where they always have some
+    names: dict  # {our module: theirs}; where they have several matrices we have one, with the rows of all
+
+
+ROPE = dict.fromkeys(('rope_theta', 'rope_type', 'rope_factor', 'rope_original_context', 'rope_low_freq_factor',
+                      'rope_high_freq_factor', 'rope_attention_factor'))  # read_rope and write_rope translate them
+LLAMA_FIELDS = dict(block_size=('max_position_embeddings', ...), vocab_size=('vocab_size', ...),
+                    n_layer=('num_hidden_layers', ...), n_head=('num_attention_heads', ...), n_embd=('hidden_size', ...),
+                    n_kv_head=('num_key_value_heads', 0), head_size=('head_dim', 0), n_mlp=('intermediate_size', ...),
+                    norm_eps=('rms_norm_eps', 1e-6), tie_embeddings=('tie_word_embeddings', False))
+LLAMA_NAMES = {
+    'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head'],
+    'transformer.h.*.ln_1': ['model.layers.*.input_layernorm'],
+    'transformer.h.*.attn.c_attn': [f'model.layers.*.self_attn.{x}_proj' for x in 'qkv'],
+    'transformer.h.*.attn.q_norm': ['model.layers.*.self_attn.q_norm'],
+    'transformer.h.*.attn.k_norm': ['model.layers.*.self_attn.k_norm'],
+    'transformer.h.*.attn.c_proj': ['model.layers.*.self_attn.o_proj'],
+    'transformer.h.*.ln_2': ['model.layers.*.post_attention_layernorm'],
+    'transformer.h.*.mlp.c_fc': ['model.layers.*.mlp.gate_proj', 'model.layers.*.mlp.up_proj'],
+    'transformer.h.*.mlp.c_proj': ['model.layers.*.mlp.down_proj']}
+
+FAMILIES = {
+    'gpt2': Family(
+        'GPT2LMHeadModel', fixed={},
+        fields=dict(block_size=('n_positions', ...), vocab_size=('vocab_size', ...), n_layer=('n_layer', ...),
+                    n_head=('n_head', ...), n_embd=('n_embd', ...), n_mlp=('n_inner', 0),
+                    norm_eps=('layer_norm_epsilon', 1e-5), tie_embeddings=('tie_word_embeddings', True)),
+        settings=dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
+                      scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)),
+        biases={}, names={}),
+    'llama': Family(
+        'LlamaForCausalLM', fixed=dict(position='rope', norm='rmsnorm', mlp='swiglu'), fields=LLAMA_FIELDS | ROPE,
+        settings=dict(hidden_act=('silu',), pretraining_tp=(1,)),
+        biases=dict(attn='attention_bias', mlp='mlp_bias'), names=LLAMA_NAMES),
+    'qwen3': Family(
+        'Qwen3ForCausalLM', fixed=dict(position='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True),
+        fields=LLAMA_FIELDS | ROPE | dict(head_size=('head_dim', 128)),
+        settings=dict(hidden_act=('silu',), use_sliding_window=(False,)),
+        biases=dict(attn='attention_bias'), names=LLAMA_NAMES),
+    'nanochat': Family(
+        'NanoChatForCausalLM', fixed=dict(position='rope', norm='rmsnorm', norm_gain=False, qk_norm=True, mlp='relu2',
+                                          embedding_norm=True),
+        fields=LLAMA_FIELDS | dict(rope_theta=None, softcap=('final_logit_softcapping', 15.0)),
+        settings=dict(hidden_act=('relu2',)),
+        biases=dict(attn='attention_bias'),
+        names=LLAMA_NAMES | {'transformer.h.*.mlp.c_fc': ['model.layers.*.mlp.fc1'],
+                             'transformer.h.*.mlp.c_proj': ['model.layers.*.mlp.fc2']}),
+}
+TRAINING = ('dropout', 'zero_init')  # GPTConfig fields that change training alone
+NULL_IS_ZERO = ('n_kv_head', 'head_size', 'n_mlp', 'softcap')  # null in config.json, 0 in GPTConfig
+
+
+def family_of(config):
+    """The name of the family nearest to a GPTConfig."""
+    if config.position == 'learned':
+        return 'gpt2'
+    return 'nanochat' if config.mlp == 'relu2' else 'qwen3' if config.qk_norm else 'llama'
+
+
+def layout(family, config):
+    """{our tensor: (its shape, [their tensor, …])}, the vocabulary not padded; tied weights once."""
+    from model import GPT
+    try:
+        with torch.device('meta'):
+            shapes = {name: list(w.shape) for name, w in GPT(config).state_dict().items()}
+    except (RuntimeError, TypeError) as error:  # sizes beyond what a tensor can have
+        raise UserError(f'no GPT has these sizes: {str(error).splitlines()[0]}') from None
+    if config.tie_embeddings:
+        del shapes['lm_head.weight']
+    tensors = {}
+    for ours, shape in shapes.items():
+        if ours in VOCABULARY:
+            shape[0] = config.vocab_size
+        module, kind = ours.rsplit('.', 1)
+        layer = re.search(r'\.h\.(\d+)\.', module)
+        theirs = family.names.get(re.sub(r'\.h\.\d+\.', '.h.*.', module), [module])
+        tensors[ours] = tuple(shape), [f'{name}.{kind}'.replace('*', layer[1] if layer else '') for name in theirs]
+    return tensors
+
+
+def rows(ours, theirs, shape, config):
+    """How many rows of our tensor each of theirs has."""
+    if len(theirs) == 3:  # queries, keys, values
+        return [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    return [shape[0] // len(theirs)] * len(theirs)
+
+
+def turn(family, name, w, config):
+    """One of their tensors as a part of ours, or that part as theirs: each way the same exchange."""
+    if family.kind == 'GPT2LMHeadModel' and '.c_' in name and w.dim() == 2:
+        return w.t()  # as in the Conv1D layers of OpenAI's TensorFlow code
+    if family.kind == 'NanoChatForCausalLM' and ('q_proj' in name or 'k_proj' in name):  # RoPE turns the other way
+        return w.unflatten(0, (-1, 2, config.head_size // 2)).flip(1).flatten(0, 2)
+    return w
+
+# -----------------------------------------------------------------------------
+# files of a folder or of the hub
 
 def find(name, file, optional=False):
     """The path of one file of a local folder or of a model on the hub, downloaded if need be."""
-    if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, file)):
-            return os.path.join(name, file)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder):
+        if os.path.isfile(os.path.join(folder, file)):
+            return os.path.join(folder, file)
         if optional:
             return None
         raise UserError(f'{name} holds no {file}: a folder written by save_pretrained does')
     try:
         return hf_hub_download(name, file)
     except HFValidationError:
-        raise UserError(f'there is no folder {name}, and it is no name of a model on the Hugging Face hub')
-    except LocalEntryNotFoundError:
-        raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be reached')
-    except EntryNotFoundError:
+        raise UserError(f'there is no folder {name}, and it is no name of a model on the Hugging Face hub') from None
+    except EntryNotFoundError as error:
         if optional:
             return None
+        if isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be reached') from None
         raise UserError(f'{name} on the Hugging Face hub holds no {file}') from None
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f'{name}: could not download {file} from the Hugging Face hub: {str(error).splitlines()[0]}')
+        raise UserError(f'{name}: could not download {file} from the Hugging Face hub: '
+                        f'{str(error).splitlines()[0]}') from None
 
 
-def load(name):
-    """GPTConfig fields and our state dict (float32, vocabulary not padded) of a folder or a hub model."""
-    with open(find(name, 'config.json')) as f:
-        try:
-            hf = json.load(f)
-        except ValueError as error:
-            raise UserError(f'{f.name} is no JSON: {error}')
-    family = hf.get('model_type')
-    if family not in FAMILIES:
-        raise UserError(f'{name}: model_type={family!r} cannot be read, only {", ".join(FAMILIES)}')
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # the newer and the older way to write it
-    hf['rope_scaling'] = None if rope.get('rope_type', rope.get('type', 'default')) == 'default' else rope
-    for field, known in ONLY[family].items():
-        if hf.get(field, known[0]) not in known:
-            raise UserError(f'{name}: {field}={hf[field]!r} has no counterpart in GPTConfig, only {known[0]!r}')
+def read_json(path):
+    """The JSON object in a file."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path} is no JSON: {error}') from None
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds no JSON object')
+    return content
+
+
+def read_tensors(name):
+    """{their name: tensor} of all the safetensors of a folder or a hub model, in its own dtypes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     files = [find(name, 'model.safetensors', optional=True)]
     if not files[0]:  # larger models come in parts
-        with open(find(name, 'model.safetensors.index.json')) as f:
-            files = [find(name, file) for file in sorted(set(json.load(f)['weight_map'].values()))]
+        index = find(name, 'model.safetensors.index.json', optional=True)
+        if not index:
+            old = find(name, 'pytorch_model.bin', optional=True) or find(name, 'pytorch_model.bin.index.json', optional=True)
+            raise UserError(f'{name} holds no model.safetensors' + (
+                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers '
+                'writes one' if old else ': a folder written by save_pretrained does'))
+        parts = read_json(index).get('weight_map')
+        parts = list(parts.values()) if isinstance(parts, dict) else [None]
+        if not all(isinstance(part, str) and re.fullmatch(r'[\w-][\w.-]*\.safetensors', part) for part in parts):
+            raise UserError(f'{index}: weight_map must name .safetensors files beside it')
+        files = [find(name, part) for part in sorted(set(parts))]
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except OSError as error:
+            raise UserError(f'{file} cannot be read: {error.strerror or error}') from None
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f'{file} is damaged or incomplete: {str(error).splitlines()[0][:200]}') from None
+    for key, w in tensors.items():
+        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f'{name}: {key} is {w.dtype}: quantised weights cannot be read')
+    return tensors
+
+# -----------------------------------------------------------------------------
+# in
+
+def load(name):
+    """GPTConfig fields and our state dict (float32, vocabulary not padded) of a folder or a hub model. Raises
+    UserError, which names what has no counterpart here, is missing, left over or damaged."""
+    from model import GPTConfig
+    path = find(name, 'config.json')
+    hf = read_json(path)
+    if hf.get('quantization_config'):
+        raise UserError(f'{path}: quantization_config: quantised weights cannot be read')
+    if not isinstance(hf.get('model_type'), str) or hf['model_type'] not in FAMILIES:
+        raise UserError(f'{name}: model_type={short(hf.get("model_type"))} cannot be read, only {", ".join(FAMILIES)}')
+    family = FAMILIES[hf['model_type']]
+    fields, biases = read_fields(family, hf, path)
     try:
-        theirs = {key: w.float() for file in files for key, w in load_file(file).items()}
-        fields, weights = from_gpt2(hf, theirs) if family == 'gpt2' else from_llama(name, hf, theirs, rope)
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f'{name}: the weights are damaged or incomplete: {error}')
-    if len(weights['transformer.wte.weight']) != fields['vocab_size']:
-        raise UserError(f'{name}: vocab_size={fields["vocab_size"]}, but its weights have '
-                        f'{len(weights["transformer.wte.weight"])} rows')
-    return fields | FAMILIES[family] | dict(bias=fields['bias']), weights
-
-
-def from_gpt2(hf, theirs):
-    fields = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
-                  n_head=hf['n_head'], n_embd=hf['n_embd'], n_mlp=hf.get('n_inner') or 0, bias=True,
-                  norm_eps=hf.get('layer_norm_epsilon', 1e-5), tie_embeddings=hf.get('tie_word_embeddings', True))
-    weights = {}
-    for key, w in theirs.items():
-        key = key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}'  # the hub's has no prefix
-        if not key.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, which some files carry
-            weights[key] = w.t().contiguous() if key.endswith(TRANSPOSED) else w
-    if fields['tie_embeddings']:
+        config = GPTConfig(**fields)
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from None
+    theirs = read_tensors(name)
+    if not family.names:  # OpenAI's files have no prefix, and some hold the causal mask
+        theirs = {key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}': w
+                  for key, w in theirs.items() if not key.endswith(('.attn.bias', '.attn.masked_bias'))}
+    theirs = {key: w for key, w in theirs.items() if not key.endswith('rotary_emb.inv_freq')}  # computed here
+    weights = translate(name, family, config, theirs, biases)
+    if config.tie_embeddings:
+        head = theirs.get('lm_head.weight')
+        if head is not None and not torch.equal(head.float(), weights['transformer.wte.weight']):
+            raise UserError(f'{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding')
         weights['lm_head.weight'] = weights['transformer.wte.weight']
     return fields, weights
 
 
-def from_llama(name, hf, theirs, rope):
-    fields = dict(block_size=hf['max_position_embeddings'], vocab_size=hf['vocab_size'],
-                  n_layer=hf['num_hidden_layers'], n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'],
-                  n_kv_head=hf.get('num_key_value_heads') or 0, n_mlp=hf['intermediate_size'],
-                  norm_eps=hf.get('rms_norm_eps', 1e-6), rope_theta=rope.get('rope_theta') or hf.get('rope_theta') or 1e4,
-                  bias=hf.get('attention_bias', False) or hf.get('mlp_bias', False),
-                  tie_embeddings=hf.get('tie_word_embeddings', False))
-    head_size = hf.get('head_dim') or fields['n_embd'] // fields['n_head']
-    if head_size * fields['n_head'] != fields['n_embd']:
-        raise UserError(f'{name}: head_dim={head_size} has no counterpart in GPTConfig, only '
-                        f'hidden_size / num_attention_heads = {fields["n_embd"] / fields["n_head"]:g}')
-    if fields['tie_embeddings']:
-        theirs['lm_head.weight'] = theirs['model.embed_tokens.weight']
-    weights = {ours: torch.cat([theirs[key] for key in keys]) for ours, keys in llama_names(fields['n_layer']).items()
-               if all(key in theirs for key in keys)}
-    if fields['bias']:  # theirs may have biases in the attention or in the MLP alone
-        for key in [key for key in weights if '.c_' in key and key.endswith('.weight')]:
-            weights.setdefault(key.replace('weight', 'bias'), torch.zeros(len(weights[key])))
-    return fields, weights
+def translate(name, family, config, theirs, biases):
+    """Our state dict of their tensors. biases: {part of a block: whether it has them}; they are zeros elsewhere."""
+    if config.n_layer > len(theirs):
+        raise UserError(f'{name}: config.json has {config.n_layer} layers, and there are only {len(theirs)} weights')
+    expected = {ours: (shape, keys) for ours, (shape, keys) in layout(family, config).items()
+                if not (ours.endswith('.bias') and not biases.get(ours.split('.')[-3], True))}
+    keys = [key for _, keys in expected.values() for key in keys]
+    if missing := [key for key in keys if key not in theirs]:
+        raise UserError(f'{name}: of the weights that config.json asks for, {listed(missing)} missing')
+    if unknown := theirs.keys() - {*keys, 'lm_head.weight'}:
+        raise UserError(f'{name}: the weights hold what config.json has no place for: {listed(sorted(unknown))} left over')
+    weights = {}
+    for ours, (shape, keys) in expected.items():
+        parts = []
+        for key, n in zip(keys, rows(ours, keys, shape, config)):
+            w, wanted = theirs[key], turn(family, key, torch.empty(n, *shape[1:], device='meta'), config).shape
+            if w.shape != wanted:
+                raise UserError(f'{name}: {key} has the shape {tuple(w.shape)}, and config.json asks for {tuple(wanted)}')
+            if not w.isfinite().all():
+                raise UserError(f'{name}: {key} has values that are not finite')
+            parts.append(turn(family, key, w, config).float())
+        weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    for ours, (shape, _) in layout(family, config).items():
+        weights.setdefault(ours, torch.zeros(shape))
+    return weights
+
+
+def listed(names):
+    """'a, b and 3 more are'"""
+    rest = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return f'{", ".join(names[:3])}{rest} {"is" if len(names) == 1 else "are"}'
+
+
+def read_fields(family, hf, path):
+    """(GPTConfig fields, {part of a block: does it have biases?}) of config.json's content."""
+    from model import GPTConfig
+    for setting, known in family.settings.items():
+        if hf.get(setting, known[0]) not in known:
+            raise UserError(f'{path}: {setting}={short(hf[setting])} has no counterpart in GPTConfig, only {known[0]!r}')
+    kinds = hf.get('layer_types') or []
+    if not isinstance(kinds, list) or any(kind != 'full_attention' for kind in kinds):
+        raise UserError(f"{path}: layer_types={short(kinds)} has no counterpart in GPTConfig, only 'full_attention'")
+    fields = dict(family.fixed)
+    for ours, where in family.fields.items():
+        if where:
+            theirs, default = where
+            value = hf.get(theirs, default)
+            if value is ...:
+                raise UserError(f'{path} has no {theirs}')
+            if value is None and ours in NULL_IS_ZERO:
+                value = 0
+            fields[ours] = typed(value, type(getattr(GPTConfig, ours)), f'{path}: {theirs}')
+    if fields['block_size'] > 2**24:
+        raise UserError(f'{path}: a context of {fields["block_size"]} tokens is more than {2**24}')
+    if 'rope_theta' in family.fields:
+        rope = read_rope(hf, path)
+        for ours, value in rope.items():
+            if ours not in family.fields and value != getattr(GPTConfig, ours):
+                raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')
+        fields |= {ours: value for ours, value in rope.items() if ours in family.fields}
+    biases = {part: typed(hf.get(setting, False), bool, f'{path}: {setting}') for part, setting in family.biases.items()}
+    if family.biases:
+        biases.setdefault('mlp', False)
+    return fields | {'bias': not biases or any(biases.values())}, biases
+
+
+def short(value):
+    """`value` as a message shows it."""
+    try:
+        return f'{value!r:.80}'
+    except RecursionError:
+        return 'what is nested too deep'
+
+
+NOUNS = {int: 'an int of 32 bits', float: 'a finite float', bool: 'true or false', str: 'a string'}
+
+
+def typed(value, kind, where):
+    """`value`, if it is of that type; an int will do for a float."""
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)) or (kind is int and abs(value) >= 2**31):
+        raise UserError(f'{where}={short(value)} is not {NOUNS[kind]}')
+    return value
+
+
+def read_rope(hf, path):
+    """GPTConfig's rope_* fields of config.json's content, read as transformers does: rope_scaling, the older way to
+    write them, goes before rope_parameters."""
+    rope = hf.get('rope_scaling') or hf.get('rope_parameters') or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f'{path}: rope_parameters={short(rope)} has no counterpart in GPTConfig')
+
+    def get(name, default, kind=float):
+        value = rope.get(name)
+        value = default if value is None else value
+        if value is ...:
+            raise UserError(f'{path}: rope_parameters={short(rope)} has no {name}')
+        return typed(value, kind, f'{path}: {name}')
+
+    kind = get('rope_type', get('type', 'default', str), str)
+    if kind not in ('default', 'linear', 'llama3', 'yarn'):
+        raise UserError(f'{path}: rope_scaling of the type {kind!r} has no counterpart in GPTConfig')
+    for name, neutral in (('partial_rotary_factor', 1.0), ('truncate', True)):
+        value = rope.get(name, hf.get(name))
+        if value is not None and value != neutral:
+            raise UserError(f'{path}: {name}={short(value)} has no counterpart in GPTConfig, only {neutral!r}')
+    theta = hf.get('rope_theta')
+    fields = dict(rope_type=kind, rope_theta=get('rope_theta', 10000.0 if theta is None else theta))
+    if kind == 'default':
+        return fields
+    fields['rope_factor'] = get('factor', ...)
+    if kind in ('llama3', 'yarn'):
+        original = hf.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or 0
+        fields['rope_original_context'] = typed(original, int, f'{path}: original_max_position_embeddings')
+    if kind == 'llama3':
+        fields |= dict(rope_low_freq_factor=get('low_freq_factor', ...), rope_high_freq_factor=get('high_freq_factor', ...))
+    if kind == 'yarn':
+        factor, scale, all_dim = fields['rope_factor'], get('mscale', 0.0), get('mscale_all_dim', 0.0)
+
+        def mscale(weight):
+            return 0.1 * weight * math.log(max(1, factor)) + 1
+        implied = mscale(scale) / mscale(all_dim) if scale and all_dim else mscale(1)
+        fields |= dict(rope_low_freq_factor=get('beta_slow', 1.0), rope_high_freq_factor=get('beta_fast', 32.0),
+                       rope_attention_factor=get('attention_factor', implied))
+    return fields
+
+
+def write_rope(config):
+    """config.json's rope_theta and rope_scaling, which old and new versions of transformers read."""
+    scaling = dict(rope_type=config.rope_type, factor=config.rope_factor)
+    if config.rope_type in ('llama3', 'yarn'):
+        scaling |= dict(original_max_position_embeddings=config.rope_original_context)
+    if config.rope_type == 'llama3':
+        scaling |= dict(low_freq_factor=config.rope_low_freq_factor, high_freq_factor=config.rope_high_freq_factor)
+    if config.rope_type == 'yarn':
+        scaling |= dict(beta_slow=config.rope_low_freq_factor, beta_fast=config.rope_high_freq_factor,
+                        attention_factor=config.rope_attention_factor)
+    return dict(rope_theta=config.rope_theta) | (dict(rope_scaling=scaling) if config.rope_type != 'default' else {})
 
 # -----------------------------------------------------------------------------
 # out
 
-def save(folder, fields, state_dict, tokenizer):
-    """Write config.json, model.safetensors and the tokenizer's files, for GPTConfig fields and our state dict
-    (vocabulary not padded). Exits with one line that names the field that transformers has no class for."""
-    family = 'gpt2' if fields['position'] == 'learned' else 'qwen3' if fields['qk_norm'] else 'llama'
-    for field, value in FAMILIES[family].items():
-        value = fields['n_head'] if field == 'n_kv_head' else value
-        if fields[field] != value:
-            raise UserError(f'transformers has no class for {field}={fields[field]!r}: with position={fields["position"]!r} '
-                            f'its {CLASSES[family]} comes nearest, and that has {field}={value!r}')
+FILES = ('model.safetensors', 'model.safetensors.index.json', 'config.json', 'tokenizer.json', 'tokenizer_config.json')
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+
+
+def check_folder(folder):
+    """Raise UserError if writing a model into that folder would replace a file."""
+    for file in FILES:
+        if os.path.lexists(os.path.join(os.path.expanduser(folder), file)):
+            raise UserError(f'{folder} holds {file} already: give another folder')
+
+
+def save(folder, config, state_dict, tokenizer, dtype='float32'):
+    """Write config.json, model.safetensors and the tokenizer's files of a GPTConfig and our state dict (vocabulary not
+    padded). tokenizer: its name. Raises UserError if a file is there already, or names the GPTConfig field that
+    transformers has no class for."""
+    if dtype not in DTYPES:
+        raise UserError(f'dtype={dtype} is not one of {", ".join(DTYPES)}')
+    check_folder(folder)
+    name = family_of(config)
+    family = FAMILIES[name]
+    check_exportable(config, name)
     tokenizer = get_tokenizer(tokenizer)
-    if tokenizer.vocab_size != fields['vocab_size']:
-        raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {fields["vocab_size"]}')
-    config = dict(model_type=family, architectures=[CLASSES[family]], vocab_size=fields['vocab_size'],
-                  bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
-                  tie_word_embeddings=fields['tie_embeddings'], dtype='float32')
-    state_dict = {key: w.float() for key, w in state_dict.items()}
-    more, weights = (to_gpt2 if family == 'gpt2' else to_llama)(fields, state_dict)
-    if fields['tie_embeddings']:
-        del weights['lm_head.weight']
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-    os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-    for file, content in (tokenizer_files(tokenizer, fields['block_size']) | {'config.json': config | more}).items():
-        (folder / f'{file}.tmp').write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        os.replace(folder / f'{file}.tmp', folder / file)
-
-
-def to_gpt2(fields, state_dict):
-    config = dict(n_positions=fields['block_size'], n_embd=fields['n_embd'], n_layer=fields['n_layer'],
-                  n_head=fields['n_head'], n_inner=fields['n_mlp'], layer_norm_epsilon=fields['norm_eps'],
-                  activation_function='gelu_new')
-    weights = {key: w.t().contiguous() if key.endswith(TRANSPOSED) else w for key, w in state_dict.items()}
-    for key in state_dict:  # transformers' GPT-2 always has biases: zeros are none
-        if '.ln_' in key or key.endswith(TRANSPOSED):
-            weights.setdefault(key.replace('weight', 'bias'), torch.zeros(len(state_dict[key])))
-    return config, weights
-
-
-def to_llama(fields, state_dict):
-    config = dict(max_position_embeddings=fields['block_size'], hidden_size=fields['n_embd'],
-                  num_hidden_layers=fields['n_layer'], num_attention_heads=fields['n_head'],
-                  num_key_value_heads=fields['n_kv_head'], head_dim=fields['n_embd'] // fields['n_head'],
-                  intermediate_size=fields['n_mlp'], rms_norm_eps=fields['norm_eps'], hidden_act='silu',
-                  rope_theta=fields['rope_theta'], attention_bias=fields['bias'], mlp_bias=fields['bias'])
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
+    hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
+              dtype=dtype, torch_dtype=dtype)
+    hf |= {setting: known[0] for setting, known in family.settings.items()}
+    hf |= {where[0]: getattr(config, ours) for ours, where in family.fields.items() if where}
+    hf |= {setting: config.bias for setting in family.biases.values()}
+    if 'rope_theta' in family.fields:
+        hf |= write_rope(config)
+    if hf.get('final_logit_softcapping') == 0:
+        hf['final_logit_softcapping'] = None
     weights = {}
-    for ours, theirs in llama_names(fields['n_layer']).items():
-        if ours in state_dict:
-            kv_size = fields['n_kv_head'] * config['head_dim']
-            rows = {1: [-1], 2: [fields['n_mlp']] * 2, 3: [fields['n_embd'], kv_size, kv_size]}[len(theirs)]
-            parts = state_dict[ours].split(rows) if len(theirs) > 1 else [state_dict[ours]]
-            weights.update({key: w.contiguous() for key, w in zip(theirs, parts)})
-    return config, weights
+    for ours, (shape, keys) in layout(family, replace(config, bias=config.bias or not family.biases)).items():
+        w = state_dict[ours] if ours in state_dict else torch.zeros(shape)  # transformers' GPT-2 always has biases
+        for key, part in zip(keys, w.split(rows(ours, keys, shape, config))):
+            weights[key] = turn(family, key, part, config).to(DTYPES[dtype]).contiguous()
+            if not weights[key].isfinite().all():
+                raise UserError(f'{key} has values that are not finite' + f' in {dtype}' * bool(part.isfinite().all()))
+    write_folder(Path(folder).expanduser(), weights, tokenizer_files(tokenizer, config.block_size) | {'config.json': hf})
+
+
+def check_exportable(config, name):
+    """Raise UserError if a GPTConfig has a field that its family does not list, and not the family's value of it."""
+    family, fields = FAMILIES[name], asdict(config)
+    try:
+        plain = asdict(type(config)(**family.fixed | {ours: fields[ours] for ours in family.fields}))
+    except ValueError as error:
+        raise UserError(f'transformers has no class for this model: in {family.kind}, {error}') from None
+    plain['bias'] = fields['bias'] if not family.biases or 'mlp' in family.biases else False
+    if name == 'llama' and config.n_embd % config.n_head:
+        raise UserError(f'transformers has no class for n_embd={config.n_embd}: in {family.kind} it is a multiple of '
+                        f'n_head={config.n_head}')
+    for field, value in plain.items():
+        if fields[field] != value and field not in (*family.fields, *TRAINING):
+            raise UserError(f'transformers has no class for {field}={fields[field]!r}: with position={config.position!r} '
+                            f'its {family.kind} comes nearest, and that has {field}={value!r}')
+
+
+def write_folder(folder, weights, files):
+    """Write model.safetensors and files {name: JSON object, text or bytes}, each under a temporary name until it is
+    complete; config.json, which makes the folder a model, is the last."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    temporary = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ('model.safetensors', *files):
+            path = temporary[file] = folder / f'{file}.{uuid.uuid4().hex[:12]}.tmp'
+            if file == 'model.safetensors':
+                save_file(weights, path, metadata={'format': 'pt'})
+            else:
+                content = files[file]
+                if isinstance(content, dict):
+                    content = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            with open(path, 'rb+') as f:
+                os.fsync(f.fileno())
+        for file, path in sorted(temporary.items(), key=lambda pair: pair[0] == 'config.json'):
+            os.replace(path, folder / file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{folder} cannot be written: {reason(error)}') from None
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 # -----------------------------------------------------------------------------
 # peers' checkpoints
+
+VOCABULARY = ('transformer.wte.weight', 'lm_head.weight')  # (V, C)
+
 
 class PeerConfig:
     """build-nanogpt pickles its GPTConfig: this takes its place, and its fields."""
 
 
 def from_peer(checkpoint, path):
-    """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, of which only their
-    vocabulary's size tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
+    """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, which only the size of
+    its vocabulary tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
     from model import GPTConfig
-    try:
-        fields = dict(checkpoint['model_args'] if 'model_args' in checkpoint else vars(checkpoint['config']))
-        weights = {k.removeprefix('_orig_mod.'): w for k, w in checkpoint['model'].items()  # compiled models' prefix
-                   if not k.endswith('.attn.bias')}  # the causal mask
-        tokenizer = 'gpt2' if fields['vocab_size'] == 50304 else tokenizer_of(fields['vocab_size'], path)  # padded
-        fields['vocab_size'] = TOKENIZERS[tokenizer].vocab_size
-        rows = GPTConfig(**fields).padded_vocab_size
-    except (KeyError, TypeError, AttributeError):
+    if not isinstance(checkpoint, dict):
         raise UserError(f'{path} holds no GPT')
-    return {'model': pad_vocab(weights, rows), 'model_args': fields, 'tokenizer': tokenizer}
-
-
-def tokenizer_of(vocab_size, where):
-    """The name of the tokenizer with so many ids, for weights that do not say."""
-    for name, tokenizer in TOKENIZERS.items():
-        if tokenizer.vocab_size == vocab_size:
-            return name
-    raise UserError(f'{where} has a vocabulary of {vocab_size} ids, and no tokenizer here has as many')
+    fields, weights = checkpoint.get('model_args') or checkpoint.get('config'), checkpoint.get('model')
+    fields = vars(fields) if isinstance(fields, PeerConfig) else fields
+    if not (isinstance(fields, dict) and isinstance(weights, dict) and 'vocab_size' in fields
+            and all(isinstance(w, torch.Tensor) for w in weights.values())):
+        raise UserError(f'{path} holds no GPT')
+    known = {field: value for field, value in asdict(GPTConfig()).items() if field != 'head_size'}
+    for field, value in fields.items():
+        if field not in known:
+            raise UserError(f'{path}: its model has {field!r}, which has no counterpart in GPTConfig')
+        fields = fields | {field: typed(value, type(known[field]), f'{path}: {field}')}
+    weights = {str(k).removeprefix('_orig_mod.'): w for k, w in weights.items()  # compiled models' prefix
+               if not str(k).endswith('.attn.bias')}  # the causal mask
+    tokenizer = 'gpt2' if fields['vocab_size'] == 50304 else tokenizer_with(fields['vocab_size'], path)  # padded
+    fields['vocab_size'] = TOKENIZERS[tokenizer].vocab_size
+    try:
+        config = GPTConfig(**fields)
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from None
+    if config.n_layer > len(weights):
+        raise UserError(f'{path} has {config.n_layer} layers, and only {len(weights)} weights')
+    expected = layout(FAMILIES['gpt2'], replace(config, tie_embeddings=False))
+    for key in expected.keys() | weights.keys():
+        if key not in weights or key not in expected:
+            raise UserError(f'{path}: the weights {"lack" if key in expected else "hold, and the model lacks,"} {key}')
+        shape = tuple(weights[key].shape)
+        n, *rest = expected[key][0]
+        if list(shape[1:]) != rest or not shape or (shape[0] < n if key in VOCABULARY else shape[0] != n):
+            raise UserError(f'{path}: {key} has the shape {shape}, which is not that of its model')
+    return {'model': pad_vocab(weights, config.padded_vocab_size), 'model_args': fields, 'tokenizer': tokenizer}
 
 
 def pad_vocab(state_dict, rows):
     """state_dict with its two (V, C) matrices padded with zeros, or cut, to that many rows."""
-    vocab = ('transformer.wte.weight', 'lm_head.weight')
-    return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in vocab else w for k, w in state_dict.items()}
+    return {k: F.pad(w, (0, 0, 0, rows - len(w))) if k in VOCABULARY else w for k, w in state_dict.items()}
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def tokenizer_of(vocab_size, where):
+    """The tokenizer of a folder or hub model with that many ids: a name in TOKENIZERS, or the path of its tokenizer.json.
+    Where it has no tokenizer, the one with as many ids."""
+    path = find(where, 'tokenizer.json', optional=True)
+    if path or (older := find(where, 'vocab.json', optional=True)):
+        vocabulary = vocabulary_of(path or older)
+        for name, tokenizer in TOKENIZERS.items():
+            if len(vocabulary) == tokenizer.vocab_size == vocab_size:
+                decode = get_tokenizer(name).decode_bytes
+                if vocabulary == {printable(decode([i])): i for i in range(vocab_size)}:
+                    return name
+    if path:
+        return path
+    for file in ('vocab.json', 'tokenizer.model', 'spiece.model'):
+        if find(where, file, optional=True):
+            raise UserError(f'{where}: its tokenizer ({file}) cannot be read: AutoTokenizer.from_pretrained(…)'
+                            '.save_pretrained(…) of transformers writes a tokenizer.json')
+    return tokenizer_with(vocab_size, where)
+
+
+def vocabulary_of(path):
+    """{token: id} of a tokenizer.json, or of GPT-2's older vocab.json."""
+    content = read_json(path)
+    if os.path.basename(path) == 'vocab.json':
+        return content
+    model, added = content.get('model'), content.get('added_tokens') or []
+    try:
+        return dict(model['vocab']) | {token['content']: token['id'] for token in added}
+    except (TypeError, KeyError, ValueError):  # another kind of model, whose vocabulary is a list
+        return {}
+
+
+def tokenizer_with(vocab_size, where):
+    """The name of the tokenizer with that many ids, for weights that come without one."""
+    for name, tokenizer in TOKENIZERS.items():
+        if tokenizer.vocab_size == vocab_size:
+            return name
+    raise UserError(f'{where} has a vocabulary of {vocab_size} ids, and no tokenizer here has as many')

@@ -1,5 +1,6 @@
 """Which device to compute on, in which precision, whether to compile, and how fast the device could be."""
 
+import subprocess
 import time
 from contextlib import contextmanager, nullcontext
 
@@ -10,20 +11,25 @@ from data.errors import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# (dense bfloat16 FLOP/s, memory in GB) of NVIDIA's datasheets: float16 on the V100 and T4, which have no bfloat16;
-# where a GPU comes in two sizes, the larger
+# (dense bfloat16 FLOP/s, memory in GB), from NVIDIA's and AMD's datasheets: float16 on the V100 and T4, which have no
+# bfloat16; an MI250X is two devices. Apple's: its newsroom for M1 and M2, and for their larger siblings cores x 256
+# FLOP x 1.3 (M1) or 1.4 GHz (M2), in 32 or 16 bits. Where a GPU comes in two sizes, the larger.
 GPUS = {'B200': (2250e12, 180), 'H200': (989e12, 141), 'H100 PCIe': (756e12, 80), 'H100': (989e12, 80),
         'A100': (312e12, 80), 'A10': (125e12, 24), 'L40S': (362e12, 48), 'L4': (121e12, 24), 'RTX 5090': (210e12, 32),
-        'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24), 'V100': (125e12, 32), 'T4': (65e12, 16)}
+        'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24), 'V100': (125e12, 32), 'T4': (65e12, 16),
+        'MI355X': (2517e12, 288), 'MI325X': (1307e12, 256), 'MI300X': (1307e12, 192), 'MI250X': (192e12, 64),
+        'MI210': (181e12, 64), 'MI100': (92e12, 32), 'RX 7900 XTX': (123e12, 24),
+        'M2 Ultra': (27e12, 192), 'M2 Max': (13.6e12, 96), 'M2 Pro': (6.8e12, 32), 'Apple M2': (3.6e12, 24),
+        'M1 Ultra': (21e12, 128), 'M1 Max': (10.4e12, 64), 'M1 Pro': (5.2e12, 32), 'Apple M1': (2.6e12, 16)}
 
 
 def pick_device(device='auto'):
-    """'auto' is cuda, else mps, else cpu; any other name must be a device that is there. Exits if it is not."""
+    """'auto' is cuda, else mps, else cpu. Raises UserError for any other device that cannot be used."""
     if device == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+        torch.zeros(1, device=device).item()  # 'meta' has no values
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise UserError(f'device={device} cannot be used here ({str(error).splitlines()[0]}): try --device=cpu')
     return device
 
@@ -48,7 +54,7 @@ def autocast(dtype, device):
 
 
 def pick_compile(compile, device):
-    """'auto' is True where torch.compile works, which it finds out by compiling one addition."""
+    """'auto' is True where torch.compile works, which compiling one addition shows."""
     if compile in (True, False):
         return compile
     if compile != 'auto':
@@ -61,25 +67,47 @@ def pick_compile(compile, device):
         return False
 
 
+def fetch(x):
+    """Start to copy a tensor to the host. Returns a function that waits for the copy, and gives it as a list."""
+    copy = x.to('cpu', non_blocking=True)  # from a GPU into pinned memory
+    arrived = torch.cuda.Event() if x.is_cuda else None
+    if arrived:
+        arrived.record()
+
+    def wait():
+        if arrived:
+            arrived.synchronize()
+        return copy.tolist()
+    return wait
+
+
 def synchronize(device):
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if 'cuda' in device:
         torch.cuda.synchronize()
     elif 'mps' in device:
         torch.mps.synchronize()
 
 
-def peak_flops(dtype, device):
-    """FLOP/s this device could do: from its datasheet if it is a known GPU, else the best of five large matrix
-    products, measured now (a fifth of a second on a CPU)."""
+def device_name(device):
+    """What a GPU calls itself: 'NVIDIA H100 80GB HBM3', 'AMD Instinct MI300X', 'Apple M2 Max'; else ''."""
     if 'cuda' in device:
-        name = torch.cuda.get_device_name()
-        for gpu, (flops, _) in GPUS.items():
-            if gpu in name and dtype != 'float32':
-                return flops
+        return torch.cuda.get_device_name()
+    if 'mps' in device:
+        return subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True).stdout.strip()
+    return ''
+
+
+def peak_flops(dtype, device):
+    """Peak FLOP/s of this device: from GPUS if it is there, else the best of five large matrix products, measured now
+    (a fifth of a second on a CPU)."""
+    name = device_name(device)
+    for gpu, (flops, _) in GPUS.items():
+        if gpu in name and dtype != 'float32':
+            return flops
     n = 4096 if 'cuda' in device else 1024
     if device == 'cpu' and dtype == 'float16':
-        dtype = 'float32'  # as fast as it gets: float16 is emulated there
+        dtype = 'float32'  # float16 is emulated there
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     best = float('inf')
     for _ in range(5):
@@ -93,8 +121,8 @@ def peak_flops(dtype, device):
 
 @contextmanager
 def cpu_vector_kernels(on):
-    """While on, PyTorch takes the kernels that are fastest on a CPU for one token in bfloat16: its own product of a
-    matrix and a vector, twice as fast as oneDNN's, and attention step by step, three times as fast as fused."""
+    """While on, PyTorch uses the CPU kernels that are fastest for one token in bfloat16: its own matrix-vector product,
+    twice as fast as oneDNN's, and unfused attention, three times as fast as fused."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not on
     try:

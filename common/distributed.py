@@ -33,6 +33,7 @@ from data.errors import UserError
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
+restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))  # by torchrun, after a failure
 master = rank == 0  # the process that prints, logs and saves
 
 store = None  # torch.distributed's key-value store, a part of it that belongs to these processes
@@ -202,9 +203,11 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
             return model
         from torch.nn.parallel import DistributedDataParallel
         return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
+                                       broadcast_buffers=False,  # tables, the same everywhere
                                        gradient_as_bucket_view=True)  # else gradients take their memory twice
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
+                                        register_fsdp_forward_method)
     mesh = init_device_mesh(torch.device(device).type, (replicas, world_size // replicas),
                             mesh_dim_names=('replicate', 'shard'))
     how = {'mesh': mesh if replicas > 1 else mesh['shard'], 'reshard_after_forward': False if layout == 'zero1' else None,
@@ -334,6 +337,13 @@ def save_shards(tensors, folder):
             str(folder), save_distributed=True))
     except dcp.api.CheckpointException as error:
         raise OSError(str(next(iter(error.failures.values()))[0])) from None
+
+
+def gather_from_writers(value):
+    """What each process has, as a list, on all of them; from the threads that write shards."""
+    values = [None] * world_size
+    dist.all_gather_object(values, value, group=writers)
+    return values
 
 
 def load_shards(folder):
@@ -475,6 +485,11 @@ def stop_on_signals():
 def stop_requested():
     """The number of the signal that asked this process to stop, or 0."""
     return stop_signal
+
+
+def stop_agreed(device):
+    """Was any process asked to stop? The same answer for all."""
+    return all_sum(stop_signal > 0, device=device)[0] > 0
 
 
 def request_stop(number, frame):
@@ -619,3 +634,42 @@ def describe(error):
     if isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
         return f'rank {rank} lost its connection to the other processes; one has probably died: {text}'
     return None
+
+# -----------------------------------------------------------------------------
+# how a step is divided
+
+def divide_step(config, given, processes):
+    """(micro-batches that each process runs in a step, sequences in each, a line for the user or '').
+
+    config: settings with total_batch_size (tokens in a step), gradient_accumulation_steps (micro-batches in a step over
+    all processes; 0: total_batch_size decides), batch_size and block_size. given: those that the user set, in the order
+    of setting; the later of the two wins. Raises UserError if they can't be divided by the number of processes.
+    """
+    batch_size, block_size = config['batch_size'], config['block_size']
+    total, steps = config['total_batch_size'], config['gradient_accumulation_steps']
+    order, note = list(given), ''
+    if steps and 'total_batch_size' in order:
+        if order.index('total_batch_size') > order.index('gradient_accumulation_steps'):
+            note = f'total_batch_size={total} replaces gradient_accumulation_steps={steps}, given before it'
+            steps = 0
+        else:
+            note = f'gradient_accumulation_steps={steps} replaces total_batch_size={total}, given before it'
+    if steps:
+        if steps % processes:
+            raise UserError(f'gradient_accumulation_steps={steps} is not a multiple of the {processes} processes: use '
+                            f'{-(-steps // processes) * processes}, or total_batch_size')
+        return steps // processes, batch_size, note
+    micro_batch = batch_size * block_size * processes  # tokens, over all processes
+    if total % micro_batch == 0:
+        return total // micro_batch, batch_size, note
+    if total < micro_batch and total % (block_size * processes) == 0:
+        batch_size = total // (block_size * processes)
+        return 1, batch_size, f'batch_size={batch_size}: {processes} processes divide a step of {total:,} tokens'
+    if 'total_batch_size' not in order:  # a default gives way to what was set
+        steps = max(1, round(total / micro_batch))
+        return steps, batch_size, (f'total_batch_size={steps * micro_batch} instead of {total}, which is not a multiple of '
+                                   f'batch_size * block_size * processes = {micro_batch}')
+    below = total // micro_batch * micro_batch
+    near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
+    raise UserError(f'total_batch_size={total} is not a multiple of batch_size * block_size * processes = '
+                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest are {near}')

@@ -1,31 +1,243 @@
-"""log.jsonl: one JSON object a line, appended while a run trains; archived by the next run, rewound by a resume."""
+"""
+What a run logs: log.jsonl, one JSON object a line, and the trackers that show it (Weights & Biases, TensorBoard,
+Trackio). A log that can't be written costs a line, never the run.
+"""
 
 import contextlib
 import itertools
 import json
+import math
 import os
+import sys
 from pathlib import Path
 
+from common import files
+from data.errors import UserError
 
-def archive_previous_run(out_dir):
-    """Give what an earlier run left in out_dir other names, so that a new one overwrites nothing."""
-    earlier = [*Path(out_dir).glob('ckpt*.pt'), *Path(out_dir).glob('log.jsonl')]
-    if earlier:
-        n = next(n for n in itertools.count(1) if not any(Path(out_dir).glob(f'{n}.*')))
-        for path in earlier:
-            path.rename(path.with_name(f'{n}.{path.name}'))
-        print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
+# -----------------------------------------------------------------------------
+# log.jsonl
+
+class Log:
+    """log.jsonl, kept open: write(entry) appends a line and passes it to the trackers; the entry has a 'step'."""
+
+    def __init__(self, path, trackers=()):
+        self.path, self.file, self.missing, self.trackers = Path(path), None, 0, trackers
+
+    def write(self, entry):
+        entry = finite(entry)
+        data = json.dumps(entry).encode() + b'\n'
+        try:
+            if not self.file or not self.is_in_place():
+                self.close_file()
+                self.open()
+            while data:
+                data = data[self.file.write(data):]
+            if self.missing:
+                print(f'{self.path} is written again; {self.missing} entries are missing', file=sys.stderr, flush=True)
+            self.missing = 0
+        except OSError as error:
+            self.close_file()
+            if not self.missing:
+                print(f'{self.path} could not be written: {files.reason(error)}', file=sys.stderr, flush=True)
+            self.missing += 1
+        for tracker in self.trackers:
+            tracker.write(entry)
+
+    def open(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, 'ab', buffering=0)
+        with contextlib.suppress(OSError), open(self.path, 'rb') as f:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b'\n':  # half a line, by a kill or a full disk
+                self.file.write(b'\n')
+
+    def is_in_place(self):
+        """False once the file was removed or replaced."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except OSError:
+            return False
+
+    def close_file(self):
+        if self.file:
+            self.file.close()
+        self.file = None
+
+    def close(self):
+        self.close_file()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def finite(x):
+    """x with None for NaN and infinity, which JSON has no words for."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read(path):
+    """The entries of a log, a list of dicts. Raises UserError if there is no such file."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such log; train.py writes one into its out_dir')
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {files.reason(error)}') from None
+    return [entry for entry in map(parse, lines) if isinstance(entry, dict) and isinstance(entry.get('step'), int)]
+
+
+def parse(line):
+    """The value of a line of JSON; None for half a line, which a kill or a full disk may leave."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def rewind(path, step):
-    """Drop from the log what a run that resumes at step will do, and log, again."""
-    if os.path.exists(path):
-        entries = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):  # a kill, or a full disk, may leave half a line
-                    entries.append(json.loads(line))
-        with open(f'{path}.tmp', 'w') as f:
-            f.writelines(json.dumps(entry) + '\n' for entry in entries
-                         if entry['step'] < step or entry['step'] == step and 'loss' in entry)
-        os.replace(f'{path}.tmp', path)
+    """Drop the entries that a run which resumes at this step will write again, and half lines."""
+    def stays(line):
+        entry = parse(line)
+        at = entry.get('step') if isinstance(entry, dict) else None
+        return entry is not None and (not isinstance(at, int) or at < step or at == step and 'loss' in entry)
+
+    try:
+        if os.path.exists(path):
+            lines = Path(path).read_bytes().splitlines()
+            with files.atomic_write(path) as f:
+                f.writelines(line + b'\n' for line in lines if stays(line))
+    except OSError as error:
+        print(f'{path} could not be rewound to step {step} ({files.reason(error)}), and is continued as it is',
+              file=sys.stderr, flush=True)
+
+
+def archive_previous_run(out_dir, after=None):
+    """Rename what an earlier run left in out_dir to 1.*, 2.* and so on, so that a new one overwrites nothing.
+
+    after: the new run continues from that step's numbered checkpoint in out_dir: those up to there stay in their
+    place, and so does the log, which is copied.
+    """
+    out_dir = Path(out_dir)
+    earlier = sorted([*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')])
+    stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
+    earlier = [path for path in earlier if path not in stay]
+    if not earlier:
+        return
+    n = next(n for n in itertools.count(1) if not any(out_dir.glob(f'{n}.*')))
+    try:
+        for path in earlier:
+            archived = path.with_name(f'{n}.{path.name}')
+            if path.name == 'log.jsonl' and after is not None:
+                files.copy(path, archived)
+            else:
+                path.rename(archived)
+    except OSError as error:
+        raise UserError(f'{path}, of an earlier run, could not be renamed to {archived.name} ({files.reason(error)}): '
+                        'choose another out_dir') from None
+    print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
+
+# -----------------------------------------------------------------------------
+# trackers
+
+def start_trackers(names, project, run_name, config, out_dir, step=0):
+    """The trackers that a comma-separated list names, started: a list for Log.
+
+    config: {name: value} of the run's settings. step: the run continues from it. Raises UserError for a tracker that is
+    unknown, not installed or refuses.
+    """
+    trackers = []
+    for name in dict.fromkeys(filter(None, (name.strip() for name in names.split(',')))):
+        if name not in TRACKERS:
+            raise UserError(f'log_to={name} is not one of {", ".join(TRACKERS)}')
+        try:
+            trackers.append(TRACKERS[name](project, run_name, config, out_dir, step))
+        except ImportError as error:
+            if error.name and error.name.split('.')[0] not in (name, 'torch'):
+                raise
+            raise UserError(f'log_to={name} needs the package {name}: pip install {name}') from None
+        except UserError:
+            raise
+        except Exception as error:  # each service has its own
+            raise UserError(f'log_to={name}: {files.reason(error)}') from None
+    return trackers
+
+
+class Tracker:
+    """One service. A subclass starts it in __init__ and has send(values, step) and finish()."""
+    failed = False
+
+    def write(self, entry):
+        self.attempt(self.send, {k: v for k, v in entry.items() if v is not None and k != 'step'}, entry['step'])
+
+    def close(self):
+        self.attempt(self.finish)
+
+    def attempt(self, function, *args):
+        """A service that fails ends nothing: the first failure is one line."""
+        try:
+            function(*args)
+        except Exception as error:
+            if not self.failed:
+                print(f'{type(self).__name__} could not be reached ({files.reason(error)}); training continues',
+                      file=sys.stderr, flush=True)
+            self.failed = True
+
+
+class Wandb(Tracker):
+
+    def __init__(self, project, run_name, config, out_dir, step):
+        if bad := set(project) & set('/\\#?%:'):
+            raise UserError(f"wandb_project={project}: Weights & Biases allows no '{min(bad)}' in a project's name")
+        import wandb
+        how = dict(project=project, name=run_name, config=config, dir=out_dir)
+        try:
+            self.run = wandb.init(**how, settings=wandb.Settings(init_timeout=60))
+        except wandb.errors.CommError as error:
+            if isinstance(error, wandb.errors.AuthenticationError):
+                raise
+            self.run = wandb.init(**how, mode='offline')
+            print(f'Weights & Biases does not answer: logged to {self.run.dir}, to be sent by `wandb sync`', file=sys.stderr)
+
+    def send(self, values, step):
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
+
+
+class TensorBoard(Tracker):
+
+    def __init__(self, project, run_name, config, out_dir, step):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=step + 1)
+        self.writer.add_text('config', json.dumps(config, indent=1), step)
+
+    def send(self, values, step):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                self.send({f'{name}/{key}': v for key, v in value.items()}, step)
+            elif isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self):
+        self.writer.close()
+
+
+class Trackio(Tracker):
+
+    def __init__(self, project, run_name, config, out_dir, step):
+        import trackio
+        self.run = trackio.init(project=project, name=run_name, config=config)
+
+    def send(self, values, step):
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
+
+
+TRACKERS = {'wandb': Wandb, 'tensorboard': TensorBoard, 'trackio': Trackio}

@@ -1,5 +1,6 @@
 """The optimizers: which parameters each one updates, which of them decay, Muon, and what decides that a step is skipped."""
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +39,7 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
                         fused=first.device.type in ('cuda', 'cpu'))]  # all parameters in one kernel
     if matrices:
         kv = model.config.n_kv_head * model.config.head_size
-        rows = {'c_attn': (model.config.n_embd, kv, kv)}  # queries, keys and values are matrices of their own
+        rows = {'c_attn': (model.config.n_head * model.config.head_size, kv, kv)}  # queries, keys and values are matrices of their own
         if model.config.mlp == 'swiglu':
             rows['c_fc'] = (model.config.n_mlp, model.config.n_mlp)  # so are the gate and what it gates
         splits = [rows.get(name.split('.')[-2], (len(p),)) for name, p in matrices.items()]
@@ -66,28 +67,29 @@ def step(optimizers, skip=None):
 
 
 class SkipRule:
-    """Which steps are skipped: those whose loss or gradient norm is not finite, and, unless skip_spikes is 0, those whose
-    gradient norm exceeds mean + skip_spikes * standard deviations of the last 100 good steps. Decided on the device.
+    """Which steps are skipped: those whose loss or gradient norm is not finite, and, unless skip_spikes is 0, those of
+    which one exceeds mean + skip_spikes * standard deviations of the last 100 good steps. Decided on the device.
 
-    norms: the history of an earlier run, a list of floats.
+    state: what state_dict gave to a checkpoint; anything that it lacks starts empty.
     """
 
-    def __init__(self, skip_spikes, device, norms=()):
-        norms = [float('nan')] * (100 - len(norms)) + list(norms)[-100:]  # with a NaN, nothing is a spike
+    def __init__(self, skip_spikes, device, state):
+        history = [state.get('losses', []), state.get('norms', [])]
+        history = [[math.nan] * (100 - len(past)) + past[-100:] for past in history]  # with a NaN, nothing is a spike
         self.skip_spikes = skip_spikes
-        self.norms = torch.tensor(norms, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
+        self.history = torch.tensor(history, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
 
     def __call__(self, loss, norm):
         """loss, norm: scalar tensors, the same on all processes. Returns a bool tensor: skip this step."""
-        skip = ~(loss.isfinite() & norm.isfinite())
+        values = torch.stack((loss, norm)).to(self.history)  # (2,)
+        skip = ~values.isfinite().all()
         if self.skip_spikes:
-            skip |= norm > self.norms.mean() + self.skip_spikes * self.norms.std()
-        self.norms = torch.where(skip, self.norms, torch.cat((self.norms[1:], norm[None].to(self.norms))))
+            skip |= (values > self.history.mean(dim=1) + self.skip_spikes * self.history.std(dim=1)).any()
+        self.history = torch.where(skip, self.history, torch.cat((self.history[:, 1:], values[:, None]), dim=1))
         return skip
 
-    def history(self):
-        """The norms, for a checkpoint."""
-        return [norm for norm in self.norms.tolist() if norm == norm]
+    def state_dict(self):
+        return {name: [x for x in past if x == x] for name, past in zip(('losses', 'norms'), self.history.tolist())}
 
 
 class CautiousAdamW(torch.optim.AdamW):

@@ -4,7 +4,4 @@
 init_from = 'gpt2'
 eval_only = True
 batch_size = 8
-gradient_accumulation_steps = 8
-eval_iters = 500
-hellaswag_interval = 1
 compile = False  # a single evaluation is over before compiling pays

@@ -6,13 +6,14 @@ out_dir = 'out-shakespeare'
 init_from = 'gpt2'  # or gpt2-medium, gpt2-large, gpt2-xl
 dataset = 'shakespeare'  # 301,966 tokens for training
 eval_interval = 5
-eval_iters = 40
+eval_tokens = 40_960
 sample_interval = 10
+hellaswag_interval = 0
 always_save_checkpoint = False  # it overfits soon: keep the best
 
 # 32 sequences of 1,024 tokens a step: nine steps see all of Shakespeare
 batch_size = 1
-gradient_accumulation_steps = 32
+total_batch_size = 32_768
 max_iters = 20
 
 learning_rate = 3e-5

@@ -1,7 +1,7 @@
-# GPT-2 (124M) on 10 billion tokens of FineWeb-Edu: train.py's defaults, and what it shows while it learns.
+# GPT-2 (124M) on 10 billion tokens of FineWeb-Edu: train.py's defaults, spelled out.
 # python prepare_fineweb.py
-# torchrun --nproc_per_node=8 train.py config/gpt2.py     eight GPUs
-# python train.py config/gpt2.py                          one GPU, the same run in eight times the time
+# torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py     eight GPUs
+# python train.py config/gpt2.py                                       one GPU, the same run in eight times the time
 
 out_dir = 'out-gpt2'
 wandb_run_name = 'gpt2-124M'
@@ -13,6 +13,6 @@ warmup_iters = 715
 learning_rate = 6e-4
 min_lr = 6e-5
 
-eval_interval = 500  # of 10.5 million tokens: 1.3% of the time, and HellaSwag a fifth of a percent
-hellaswag_interval = 500
-sample_interval = 500
+eval_interval = 250  # on 10.5 million tokens
+hellaswag_interval = 250
+sample_interval = 250

@@ -12,6 +12,5 @@ batch_size = 32  # for 80 GB
 learning_rate = 3e-4  # as GPT-3's model of this size
 min_lr = 3e-5
 
-eval_interval = 250
 hellaswag_interval = 1000
 sample_interval = 1000

@@ -12,6 +12,5 @@ batch_size = 8  # for 80 GB
 learning_rate = 2e-4  # as GPT-3's model of this size
 min_lr = 2e-5
 
-eval_interval = 250
 hellaswag_interval = 1000
 sample_interval = 1000

@@ -8,12 +8,13 @@ from config.gpt2_fast import bias, min_lr, mlp, norm, optimizer, position, qk_no
 out_dir = 'out-quickstart'
 dataset = 'stdlib'
 eval_interval = 100
-eval_iters = 20
+eval_tokens = 40_960
 log_interval = 10
 sample_interval = 200
+hellaswag_interval = 0
 
 batch_size = 16
-gradient_accumulation_steps = 1
+total_batch_size = 2048
 block_size = 128
 
 n_layer = 4

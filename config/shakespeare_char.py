@@ -3,17 +3,17 @@
 #
 # On a CPU, 2,000 steps of a smaller one in about a minute:
 # python train.py config/shakespeare_char.py --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 \
-#     --max_iters=2000 --dropout=0.0
+#     --total_batch_size=768 --max_iters=2000 --dropout=0.0
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
 eval_interval = 250
-eval_iters = 100
 log_interval = 10
 sample_interval = 1000
+hellaswag_interval = 0
 
 batch_size = 64
-gradient_accumulation_steps = 1
+total_batch_size = 16_384
 block_size = 256
 
 n_layer = 6

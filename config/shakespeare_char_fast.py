@@ -7,11 +7,12 @@ from config.gpt2_fast import bias, min_lr, mlp, norm, optimizer, position, qk_no
 out_dir = 'out-shakespeare-char-fast'
 dataset = 'shakespeare_char'
 eval_interval = 300
-eval_iters = 54  # all of it
+hellaswag_interval = 0
+sample_interval = 0
 log_interval = 10
 
 batch_size = 16
-gradient_accumulation_steps = 1
+total_batch_size = 2048
 block_size = 128
 
 n_layer = 4

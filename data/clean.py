@@ -1,5 +1,5 @@
 """
-Cleaning, for text from the wild: `clean` normalises each text and drops the poor ones, `Seen` drops duplicates.
+Cleaning of web text: `clean` normalises each text and drops the poor ones, `Seen` drops duplicates.
 
 A rule is a function of the text and its words that returns True for a text to drop; its name, in the table at the
 end, is the function's. To add one, write it and put it into RULES. The limits are mostly those of Gopher (Rae et
@@ -15,10 +15,11 @@ import unicodedata
 
 import numpy as np
 
+from data.dataset import START_OVER
 from data.errors import UserError
 
 # -----------------------------------------------------------------------------
-# normalising: the same text, without what is not text
+# normalising: the same text without markup and control characters
 
 UNSEEN = re.compile(r'(?is)<!--.*?-->|<(script|style|head|noscript|template|svg)\b[^<>]*>.*?</\1\s*>')
 BLOCK = re.compile(r'(?i)</?(?:address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figure|footer|form|h[1-6]|'
@@ -53,7 +54,7 @@ def too_short(text, words):
     return len(words) < 50
 
 
-def few_unique_words(text, words):  # in pieces, because a long text repeats its words with good reason
+def few_unique_words(text, words):  # in pieces, because a long text naturally repeats its words
     return sum(len(set(words[i:i + 1000])) for i in range(0, len(words), 1000)) < 0.2 * len(words)
 
 
@@ -66,7 +67,7 @@ def mostly_symbols(text, words):
     return len(re.findall(r'[^\w\s]', text)) > 0.25 * len(text)
 
 
-def boilerplate(text, words):  # a notice below a long article is not what the article is about
+def boilerplate(text, words):  # relative to the length: a notice below a long article is harmless
     text = text.lower()
     return sum(text.count(phrase) for phrase in BOILERPLATE) * 100 > len(words)
 
@@ -88,7 +89,7 @@ def clean(texts):
 
 
 # -----------------------------------------------------------------------------
-# duplicates: what a text is known by, and what has been seen
+# duplicates: the keys of a text, and the keys seen so far
 
 NEAR, PERMUTATIONS, SHINGLE = 0.8, 128, 5  # near duplicates share 80% of their runs of 5 words
 
@@ -100,8 +101,8 @@ def exact_keys(text):
 
 def minhash_keys(text):
     """
-    Keys of which two near duplicates most likely share one: MinHash with locality-sensitive hashing (Leskovec,
-    Rajaraman, Ullman: Mining of Massive Datasets, sections 3.3 and 3.4).
+    Keys such that two near duplicates most likely have one in common: MinHash with locality-sensitive hashing
+    (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, sections 3.3 and 3.4).
     """
     words = re.findall(r'\w+', text.lower())
     shingles = {' '.join(words[i:i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
@@ -114,17 +115,17 @@ def minhash_keys(text):
 
 @functools.cache
 def minhash_lsh():
-    """(an empty MinHash, the number of bands, the rows in each) that find what is as alike as NEAR."""
+    """(an empty MinHash, the number of bands, the rows in each) that find texts of similarity NEAR."""
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError:
-        raise UserError('--dedup=minhash needs the package datasketch: pip install datasketch')
+        raise UserError('--dedup=minhash needs the package datasketch: pip install datasketch') from None
     lsh = MinHashLSH(NEAR, PERMUTATIONS)
     return MinHash(PERMUTATIONS), lsh.b, lsh.r
 
 
 def key(content):
-    """64 bits of a hash, as the integer that SQLite keeps best."""
+    """A 64-bit hash of bytes, as a signed integer, SQLite's native type."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'big', signed=True)
 
 
@@ -133,29 +134,37 @@ KEYS = {'exact': exact_keys, 'minhash': minhash_keys}
 
 class Seen:
     """
-    The keys of all documents so far, in a SQLite file: memory stays the same however many there are, and what a
-    killed run added after its last commit is gone with it.
+    The keys of all documents so far, in a SQLite file: memory doesn't grow with them, and what a killed run added
+    after its last commit is lost with it.
     """
 
     def __init__(self, path, documents):
-        """Open it as it was before that many documents had come."""
-        self.db = sqlite3.connect(path)
-        self.db.execute('CREATE TABLE IF NOT EXISTS seen (key INTEGER PRIMARY KEY, document INTEGER)')
-        self.db.execute('DELETE FROM seen WHERE document >= ?', (documents,))
+        """Open it as it was after that many documents; 0 starts from scratch."""
+        if not documents:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.is_symlink():
+            raise UserError(f'{path} is missing, and without it duplicates would be kept: {START_OVER}')
+        try:
+            self.db = sqlite3.connect(path)
+            self.db.execute('CREATE TABLE IF NOT EXISTS seen (key INTEGER PRIMARY KEY, document INTEGER)')
+            self.db.execute('DELETE FROM seen WHERE document >= ?', (documents,))
+        except sqlite3.OperationalError:
+            raise  # a full disk, or one that can't be written
+        except sqlite3.DatabaseError as error:
+            raise UserError(f'{path} is damaged ({error}): {START_OVER}') from None
         self.commit = self.db.commit
 
     def is_new(self, keys, document):
-        """Whether none of the keys has been seen; if so, now they have."""
-        marks = ','.join('?' * len(keys))
-        if self.db.execute(f'SELECT 1 FROM seen WHERE key IN ({marks}) LIMIT 1', keys).fetchone():
+        """Whether none of the keys has been seen; if so, they are added."""
+        if self.db.execute(f'SELECT 1 FROM seen WHERE key IN ({",".join("?" * len(keys))}) LIMIT 1', keys).fetchone():
             return False
         self.db.executemany('INSERT OR IGNORE INTO seen VALUES (?, ?)', [(key, document) for key in keys])
         return True
 
     def drop(self, tokens, eot, keys, document):
         """
-        Without duplicates, the tokens of some documents, (n,), which have these lists of keys and follow the first
-        `document` ones; and how many were duplicates.
+        The tokens of some documents, (n,), without the duplicates, and the number of duplicates. `keys` has a list
+        for each document; they come after the first `document` ones.
         """
         new = np.array([self.is_new(each, document) for each in keys], bool)
         lengths = np.diff(np.flatnonzero(tokens == eot), append=len(tokens))

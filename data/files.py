@@ -1,10 +1,11 @@
 """
-Your own text: documents out of json, jsonl, parquet, csv and text files, the latter whole or in pieces; each of them
-(but parquet, which compresses itself) also as .gz or .zst.
+Your own text: documents from json, jsonl, parquet, csv and text files (as a whole or in pieces); all but parquet,
+which compresses itself, also as .gz or .zst.
 
 A reader is a generator of (line, text) for one file; a line that cannot be read gives (line, Bad('why')), and a file
-that is not what it says raises. READERS lists them by the file's ending.
+that is not in its format raises. READERS lists them by the file's ending.
 """
+import codecs
 import csv
 import glob
 import io
@@ -17,18 +18,19 @@ import pyarrow
 import pyarrow.parquet
 
 from data.errors import UserError
-from data.prepare import in_batches
+from data.prepare import in_batches, position
 
 
 class Bad(str):
-    """Why a document could not be read, in the place of its text."""
+    """Why a document could not be read, in place of its text."""
 
 
 def find_files(patterns):
     """The files that comma-separated glob patterns name, sorted. '**' goes through folders."""
     files = set()
     for pattern in patterns.split(','):
-        found = [path for path in glob.glob(pattern.strip(), recursive=True) if os.path.isfile(path)]
+        pattern = os.path.expanduser(pattern.strip())
+        found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not found:
             raise UserError(f"data_files: no file is named '{pattern}'"
                             + f', but a folder is: try {pattern}/*' * os.path.isdir(pattern))
@@ -41,10 +43,10 @@ def corpus_of_files(files, text_key, txt_split, skip_bad):
     if txt_split not in ('file', 'line', 'blank'):
         raise UserError(f"txt_split='{txt_split}': there are file, line and blank")
 
-    def corpus(mark):
-        return in_batches(documents(**mark) if mark else documents())
+    def corpus(state):
+        return in_batches(documents(*position(state, 'file', 'document')))
 
-    def documents(file=0, document=0):
+    def documents(file, document):
         for i in range(file, len(files)):
             for n, (line, text) in enumerate(read(files[i], text_key, txt_split)):
                 if isinstance(text, Bad):
@@ -57,7 +59,7 @@ def corpus_of_files(files, text_key, txt_split, skip_bad):
 
 
 def read(path, text_key, txt_split):
-    """(line, text) for each document in a file; what is wrong with the file as a whole is one Bad more."""
+    """(line, text) for each document in a file; an error of the file as a whole is one more Bad."""
     name = path.lower().removesuffix('.gz').removesuffix('.zst')
     reader, line = READERS.get(os.path.splitext(name)[1], read_text), 0
     try:
@@ -69,7 +71,9 @@ def read(path, text_key, txt_split):
 
 
 def read_json(file, text_key, _):
-    if file.peek(1)[:1] == b'[':  # one array of all documents
+    if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+    if file.peek(1).lstrip()[:1] == b'[':  # one array of all documents
         for i, row in enumerate(json.load(file), 1):
             yield i, field(row, text_key)
         return
@@ -120,7 +124,7 @@ def read_text(file, _, txt_split):
 
 
 def decode(text, line):
-    """(line, text) of UTF-8 bytes that begin on that line; (the line of the first wrong byte, Bad) if they are not."""
+    """(line, text) of UTF-8 bytes that begin on that line; (line of the first wrong byte, Bad) if they are not UTF-8."""
     try:
         return line, text.decode('utf-8-sig')
     except UnicodeDecodeError as error:

@@ -1,10 +1,11 @@
 """
 The order in which training reads tokens.
 
-A split is cut into blocks of `block_size` tokens. An epoch is a permutation of them all that follows from the seed
-and the epoch's number: the same for any number of processes, computed where it is needed, held nowhere. A position
-in that endless order is one integer, the blocks drawn so far. A mixture draws each block from one of several
-datasets, and each of them keeps its own position.
+A split is cut into blocks of `block_size` tokens. An epoch is a permutation of all blocks that follows from the seed
+and the epoch's number: the same for any number of processes, computed where it is needed, stored nowhere. A position
+in this endless order is one integer, the number of blocks drawn so far. From the second epoch on, the blocks start at
+another offset, so that each epoch cuts the same text elsewhere. A mixture draws each block from one of several
+datasets, each of which keeps its own order and position.
 
     loader = Loader('fineweb_edu_10B:0.7,code:0.3', 'train', batch_size=16, block_size=1024)
     x, y = loader.next_batch()
@@ -12,6 +13,7 @@ datasets, and each of them keeps its own position.
 import functools
 import math
 import os
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,25 +23,30 @@ import torch
 from data.dataset import Split
 from data.errors import UserError
 
-AHEAD = 4       # batches made at once while the model is busy with the last ones
-ROUNDS = 6      # of the permutation's Feistel network; with 4, not every order of three blocks is as likely
+AHEAD = 4       # batches prepared at once while the model is busy with the previous ones
+ROUNDS = 6      # of the permutation's Feistel network
+SMALL = 50      # datasets with fewer blocks are permuted by sorting: a small network doesn't reach every order
 
 
 class Loader:
     """
     Batches of a split of a dataset, or of a mixture ('a:0.7,b:0.3').
 
-    Micro-batch m of the whole job holds the blocks [m * W * B, (m + 1) * W * B) of the order, for W = world_size
-    and B = batch_size, and process `rank` takes the rank-th B of them: the job reads the same blocks whatever its
-    number of processes. Attributes: tokenizer (its name), vocab_size, eot. A dataset that is missing, damaged or
-    too small, or a mixture that makes no sense, ends the program with one line that says so.
+    Micro-batch m of all processes together is blocks [m * W * B, (m + 1) * W * B) of the order, for W = world_size
+    and B = batch_size, and process `rank` takes the rank-th B of them: a run reads the same blocks whatever its
+    number of processes. Rank 0 checks all shards, the others check a shard when they first read it.
+
+    move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle)
+
+    Attributes: tokenizer (its name), vocab_size, eot. Raises UserError if a dataset is missing, damaged or too small,
+    or if the mixture is invalid.
     """
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
-                 device='cpu'):
-        self.arguments = split, batch_size, block_size, rank, world_size, seed, shuffle, device
+                 device='cpu', move_blocks=True):
+        self.arguments = split, batch_size, block_size, rank, world_size, seed, shuffle, device, move_blocks
         mixture = parse_mixture(dataset)
-        self.splits = [Split(name, split) for name in mixture]
+        self.splits = [Split(name, split, check=rank == 0) for name in mixture]
         self.names, self.weights = short_names(dataset, list(mixture), self.splits), list(mixture.values())
         self.tokenizer, self.vocab_size, self.eot = (
             self.splits[0].tokenizer, self.splits[0].vocab_size, self.splits[0].eot)
@@ -55,7 +62,10 @@ class Loader:
         if self.device.type == 'cuda' and self.device.index is None:    # in a new thread, cuda means cuda:0
             self.device = torch.device('cuda', torch.cuda.current_device())
         self.n_blocks = [(data.n_tokens - 1) // block_size for data in self.splits]
-        self.drawn = [0] * len(mixture)     # blocks of each dataset that the whole job was given: the position
+        # a dataset alone has stream 0; in a mixture the name decides, or datasets of one size share one permutation
+        self.orders = [{'version': 2, 'stream': zlib.crc32(name.encode()) if len(mixture) > 1 else 0,
+                        'move_blocks': move_blocks} for name in self.names]
+        self.drawn = [0] * len(mixture)     # blocks drawn from each dataset by all processes: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
 
     @functools.cached_property
@@ -76,7 +86,7 @@ class Loader:
         return x, y
 
     def fetch(self, drawn):
-        """The AHEAD batches that follow this position: [(x, y, the position behind them)]."""
+        """The AHEAD batches that follow this position: [(x, y, the position after them)]."""
         W, B, T = self.world_size, self.batch_size, self.block_size
         choice = self.choose(sum(drawn), AHEAD * W * B)
         mine = choice.reshape(AHEAD, W, B)[:, self.rank]        # (AHEAD, B): the dataset of each of our blocks
@@ -99,15 +109,27 @@ class Loader:
 
     def blocks(self, k, places):
         """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
-        epochs, blocks = np.divmod(places, self.n_blocks[k])
-        if self.shuffle:
-            for epoch in set(epochs.tolist()):
-                now = epochs == epoch
-                blocks[now] = permute(blocks[now], self.n_blocks[k], stream_keys(self.seed, epoch))
-        return self.splits[k].read(blocks * self.block_size, self.block_size + 1)
+        return self.splits[k].read(self.block_starts(k, places), self.block_size + 1)
+
+    def block_starts(self, k, places):
+        """(n,) int64: the tokens of dataset k at which the blocks at these places of its endless order start."""
+        epochs, index = np.divmod(places, self.n_blocks[k])
+        for epoch in set(epochs.tolist()):
+            index[epochs == epoch] = self.starts(k, epoch, index[epochs == epoch])
+        return index
+
+    def starts(self, k, epoch, index):
+        """(n,) int64: the token at which the index-th blocks, (n,), of an epoch of dataset k start."""
+        if not self.shuffle:
+            return index * self.block_size
+        order, n = self.orders[k], self.n_blocks[k]
+        keys = stream_keys(self.seed, epoch, order['stream'])
+        index = (permute_by_sorting if n < SMALL and order['version'] > 1 else permute)(index, n, keys)
+        offset = int(hash64(keys[:1], keys[1])[0] % self.block_size) if epoch and order['move_blocks'] else 0
+        return (index * self.block_size + offset) % self.splits[k].n_tokens
 
     def to_device(self, ids):
-        """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are there to be ignored (y = -1)."""
+        """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are padding (y = -1)."""
         batch = np.empty((2, self.batch_size, self.block_size), np.int64)
         batch[0, :len(ids)], batch[1, :len(ids)] = ids[:, :-1], ids[:, 1:]
         batch[0, len(ids):], batch[1, len(ids):] = 0, -1
@@ -119,15 +141,15 @@ class Loader:
             x, y = batch.to(self.device)
         return x, y
 
-    def eval_batches(self, n_batches):
+    def eval_batches(self, n_blocks):
         """
-        The first n_batches * B blocks of the split (fewer if it has fewer) in sequence, the same ones at each
-        call, shared among the processes. Every process gets the same number of x, y: (B, T), since all must take
-        part in each forward pass; a row that no block is left for has y = -1. A mixture goes by its `parts`.
+        The first n_blocks blocks of the split (fewer if it has fewer) in sequence, the same at each call,
+        divided among the processes. Every process gets the same number of x, y: (B, T), since all take part in
+        each forward pass; rows without a block have y = -1. For a mixture, evaluate its `parts`.
         """
         assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
-        total = min(n_batches * B, self.n_blocks[0])
+        total = min(n_blocks, self.n_blocks[0])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
             yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))
@@ -137,24 +159,48 @@ class Loader:
         return {name: {'share': drawn / max(1, sum(self.drawn)), 'epochs': drawn / n}
                 for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
+    def fingerprint(self):
+        """{dataset: {shard: its sha256, or size and modification time}}: what tells this data from other data."""
+        return {name: data.fingerprint() for name, data in zip(self.names, self.splits)}
+
     def state_dict(self):
-        """The position, in plain integers; batches made ahead don't count."""
-        order = {'seed': self.seed, 'shuffle': self.shuffle, 'block_size': self.block_size}
-        return {name: {'drawn': drawn, 'n_blocks': n, **order}
-                for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
+        """For each dataset, the position, what the order depends on, and the shards' fingerprints: plain integers and
+        strings. Batches that are only prefetched don't count."""
+        common = {'seed': self.seed, 'shuffle': self.shuffle, 'block_size': self.block_size}
+        return {name: {'drawn': drawn, 'n_blocks': n, **common, **order, 'shards': data.fingerprint()}
+                for name, drawn, n, order, data in zip(self.names, self.drawn, self.n_blocks, self.orders, self.splits)}
 
     def load_state_dict(self, state):
-        """Goes on at that position. A dataset with another order now, or new in the mixture, begins anew."""
+        """
+        Continue from that position, in the order in which it was reached. Rank 0 prints the datasets whose shards
+        have changed since, and those that start from the beginning, since their order is another one or they are new.
+        """
         self.ready, self.coming, self.drawn = deque(), None, [0] * len(self.names)
         for k, (name, now) in enumerate(self.state_dict().items()):
-            then = state.get(name, {})
-            if {**then, 'drawn': 0} == now:
-                self.drawn[k] = then['drawn']
-            elif self.rank == 0:
-                changed = ', '.join(f'{key} was {then[key]}, is {now[key]}' for key in then
-                                    if key != 'drawn' and then[key] != now[key])
-                print(f'{name} is read in another order from here on, from its beginning: {changed}' if then else
-                      f'{name} is new in this run, and read from its beginning')
+            if (then := state.get(name)) is None:
+                self.print0(f'{name} is new in this run, and read from its beginning')
+                continue
+            if (not isinstance(then, dict)
+                    or any(type(then.get(key, value)) is not type(value) for key, value in now.items())
+                    or 'drawn' not in then or min(then['drawn'], then.get('stream', 0)) < 0):
+                raise UserError(f"the checkpoint's position in {name} is damaged: use an earlier checkpoint")
+            changed = [f'{key} was {then.get(key)}, is {now[key]}'
+                       for key in ('n_blocks', 'seed', 'shuffle', 'block_size') if then.get(key) != now[key]]
+            if changed:
+                self.print0(f'{name} is read in another order from here on, from its beginning: {", ".join(changed)}')
+                continue
+            self.drawn[k] = then['drawn']
+            first_version = {'version': 1, 'stream': 0, 'move_blocks': False}   # checkpoints without these
+            self.orders[k] = {key: then.get(key, value) for key, value in first_version.items()}
+            shards = then.get('shards', now['shards'])
+            if files := sorted(str(f) for f in shards | now['shards'] if shards.get(f) != now['shards'].get(f)):
+                more = f' and {len(files) - 3} more' * (len(files) > 3)
+                self.print0(f'{self.splits[k].folder}: {", ".join(files[:3])}{more} changed since the checkpoint; '
+                            'training continues with what they hold now')
+
+    def print0(self, line):
+        if self.rank == 0:
+            print(line)
 
 
 def parse_mixture(dataset):
@@ -178,7 +224,7 @@ def parse_mixture(dataset):
 
 
 def short_names(dataset, names, splits):
-    """The folders' names, which outlive a move to another place; what the user wrote if two are the same."""
+    """The folders' names, which stay when the data moves; what the user wrote if two are the same."""
     if len({data.folder.resolve() for data in splits}) < len(splits):
         raise UserError(f'dataset={dataset}: two of these are the same folder')
     short = [os.path.basename(os.path.abspath(data.folder)) for data in splits]
@@ -187,10 +233,10 @@ def short_names(dataset, names, splits):
 
 def permute(index, n, keys):
     """
-    Where the permutation of range(n) that belongs to `keys` takes each of `index` (int64), without holding it.
+    Where the permutation of range(n) that belongs to `keys` takes each of `index` (int64), without storing it.
 
-    A Feistel network on the pairs (i // b, i % b), a few more than n; what lands on n or beyond walks on until it
-    doesn't (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network on the pairs (i // b, i % b), a few more than n; cycle-walk until below n (Black and Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains").
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
@@ -207,6 +253,11 @@ def permute(index, n, keys):
     return out
 
 
+def permute_by_sorting(index, n, keys):
+    """permute() for a small n, where each of the n! orders is equally likely: sorts n random numbers."""
+    return np.argsort(hash64(hash64(np.arange(n, dtype=np.uint64), keys[0]), keys[1]))[index]
+
+
 def hash64(x, key):
     """uint64 -> uint64 that look random: the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     x = x + key
@@ -216,7 +267,7 @@ def hash64(x, key):
 
 
 @functools.lru_cache(64)
-def stream_keys(seed, stream):
-    """ROUNDS random uint64 for an epoch, or for 'mixture'."""
-    stream = [0] if stream == 'mixture' else [1, stream]
-    return np.random.SeedSequence([seed % 2**64, *stream]).generate_state(ROUNDS, np.uint64)
+def stream_keys(seed, epoch, stream=0):
+    """ROUNDS random uint64 for an epoch of a dataset, or for the choices of a mixture (epoch='mixture')."""
+    words = [0] if epoch == 'mixture' else [1, epoch, stream] if stream else [1, epoch]
+    return np.random.SeedSequence([seed % 2**64, *words]).generate_state(ROUNDS, np.uint64)

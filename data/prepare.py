@@ -3,136 +3,155 @@ The engine behind every prepare script: documents in, a dataset folder out.
 
     corpus -> texts -> clean, tokenize (on all cores) -> drop duplicates -> shards -> meta.json
 
-A corpus is a function: corpus(mark) yields (texts, mark), some documents and a mark, a dictionary for JSON, from
-which another call goes on right behind them; corpus(None) begins at the beginning. The texts go to workers and
-come back, in order, as token ids, which run into shards of `shard_size` tokens.
+A corpus is a function: corpus(state) yields (texts, state), some documents and a resume state, a dictionary for JSON,
+with which another call continues right after them; corpus(None) starts at the beginning. The texts go to workers and
+come back, in order, as token ids, which fill shards of `shard_size` tokens.
 
-A shard gets its name when it is whole and on the disk, and progress.json then notes where in the corpus it ends,
-so that a run that was killed goes on from there. meta.json comes last: a folder that has one is complete.
+A shard gets its name when it is complete and on the disk, and progress.json then records where in the corpus it ends,
+so that a killed run continues from there. meta.json comes last: a folder that has one is complete. Everything else
+that is written has a name that begins with `.prepare-`, and nothing else is ever removed.
 """
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sqlite3
-import threading
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
-from data.download import write
+from data.dataset import START_OVER, Shard, check_entries, no_meta
+from data.download import TEMPORARY, write
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
+from data.workers import in_order, interruptible, workers
 
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
-START_AGAIN = 'delete the .npy and .json files there to start again'
-CHARS_UNDER_WAY = 64_000_000  # what waits for the workers, and behind them for us: a bound on memory
+FIRST = TEMPORARY + 'first.npy'  # the first shard, until the number of tokens tells how much of it is for validation
 
 
 def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, shard_size=100_000_000,
             max_tokens=0, num_proc=0, clean=False, dedup='', total=None):
     """
-    Make the dataset folder `out_dir` of the corpus `train`, and of the corpus `val` for validation. Without `val`
-    the first shard is validation, and of a corpus that fits into one shard the first tenth.
+    Make the dataset folder `out_dir` from the corpus `train`, and from the corpus `val` for validation. Without `val`,
+    validation is the beginning of `train`: a tenth of its tokens, and at most a shard.
 
-    source, settings: what shaped the dataset, for meta.json; a folder that has shards of others is refused
-    max_tokens: stop after so many (0: at the end); num_proc: workers (0: one a core)
+    source, settings: recorded in meta.json; a folder that has shards of others is refused
+    max_tokens: stop after this many tokens (0: no limit); num_proc: workers (0: one per core)
     clean, dedup ('', 'exact', 'minhash'): see data/clean.py
-    total: how many documents there are, where that is known, for the bar
+    total: the number of documents, if it is known, for the progress bar
+
+    Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
     if shard_size < 1 or max_tokens < 0 or num_proc < 0:
         raise UserError('shard_size must be at least 1, max_tokens and num_proc at least 0')
     if dedup not in ('', *cleaning.KEYS):
         raise UserError(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
+    if not str(out_dir):
+        raise UserError('out_dir is empty: name the folder to write to')
     settings = {'tokenizer': get_tokenizer(tokenizer).name, 'shard_size': shard_size, 'max_tokens': max_tokens,
                 'clean': clean, 'dedup': dedup, **settings}
     corpora = {'val': val, 'train': train} if val else {'': train}
-    out_dir = Path(out_dir)
+    out_dir = Path(os.path.expanduser(out_dir))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with locked(out_dir):
-            state = earlier(out_dir, source, settings)
+        with locked(out_dir), interruptible() as check_interrupt:
+            state = load_state(out_dir, source, settings, corpora)
             if 'format' not in state:
-                write_shards(out_dir, corpora, state, num_proc or cores(), total)
-                state = finish(out_dir, state)
-            for path in (out_dir / 'progress.json', out_dir / 'seen.sqlite', *out_dir.glob('*.tmp')):
+                num_proc = num_proc or cores()
+                print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
+                      flush=True)
+                write_shards(out_dir, corpora, state, num_proc, total, check_interrupt)
+                state = write_meta(out_dir, state)
+            for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
     except KeyboardInterrupt:
-        raise UserError(f'interrupted: the same command goes on from the last whole shard in {out_dir}')
-    except (OSError, sqlite3.OperationalError, concurrent.futures.BrokenExecutor) as error:
-        # a full disk, a network that went away, a worker that was killed for its memory
-        raise UserError(f'{out_dir}: {error}; the same command goes on from the last whole shard')
-    report(out_dir, state)
+        raise KeyboardInterrupt(f'interrupted: the same command continues after the last complete shard in {out_dir}'
+                                ) from None
+    except (OSError, sqlite3.OperationalError) as error:  # a full disk, a lost network, a worker out of memory
+        raise UserError(f'{out_dir}: {error}; the same command continues after the last complete shard') from None
+    report(out_dir, state, 'its own text' if val else 'of the same text')
 
 
-def write_shards(out_dir, corpora, state, num_proc, total):
-    """Tokenize what is left of the corpora, and keep progress.json, which holds `state`, up to date."""
+def write_shards(out_dir, corpora, state, num_proc, total, check_interrupt):
+    """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date."""
     settings, shards, order = state['settings'], state['shards'], [*corpora, 'end']
     tokenizer, shard_size, max_tokens = (settings[name] for name in ('tokenizer', 'shard_size', 'max_tokens'))
-    place = state['place'] or {'split': order[0], 'mark': None, 'skip': 0, 'counts': {'in': 0}}
-    seen = cleaning.Seen(out_dir / 'seen.sqlite', place['counts']['in']) if settings['dedup'] else None
+    resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
+    seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
     work = functools.partial(tokenize, tokenizer=tokenizer, clean=settings['clean'], dedup=settings['dedup'])
     written = sum(entry['tokens'] for entry in shards)
-    shard = Shard(out_dir, get_tokenizer(tokenizer))
+    shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
-    def close_shard(split):
-        shards.append(shard.close(split, sum(entry['file'].startswith(split) for entry in shards)))
+    def close_shard():
+        split = resume['split']
+        number = sum(entry['file'].startswith(split) for entry in shards)
+        shards.append(shard.close(f'{split or "train"}_{number:06d}.npy' if split or shards else FIRST))
 
     def save_progress():
         if seen:
             seen.commit()
-        write(out_dir / 'progress.json', json.dumps(state | {'place': place}, indent=1).encode())
+        write(out_dir / 'progress.json', json.dumps(state | {'resume': resume}, indent=1).encode())
 
     save_progress()
     bar = tqdm(total=max_tokens or None, initial=written, unit='tok', unit_scale=True, disable=None)
-    with bar, workers(num_proc, settings['clean'] or settings['dedup']) as pool:
-        while (split := place['split']) != 'end':
-            for (tokens, keys, counts), mark in in_order(pool, work, corpora[split](place['mark']), num_proc):
+    with bar, workers(num_proc, work, settings['clean'] or settings['dedup']) as submit:
+        while (split := resume['split']) != 'end':
+            batches = in_order(submit, corpora[split](resume['corpus']), num_proc)
+            for (tokens, keys, counts), corpus_state in batches:
+                check_interrupt()
                 if seen:
-                    tokens, counts['duplicate'] = seen.drop(tokens, shard.eot, keys, place['counts']['in'])
-                at = place['skip']  # after a restart: these are in the shards already
+                    tokens, counts['duplicate'] = seen.drop(tokens, shard.eot, keys, resume['counts']['in'])
+                at = resume['skip']  # after a restart, these are in the shards already
                 tokens = tokens[:at + max_tokens - written] if max_tokens else tokens
                 while at < len(tokens):
                     if shard.tokens == shard_size:
-                        close_shard(split or ('train' if shards else 'val'))
-                        place['skip'] = at
+                        close_shard()
+                        resume['skip'] = at
                         save_progress()
                     piece = tokens[at:at + shard_size - shard.tokens]
                     shard.write(piece)
                     at, written = at + len(piece), written + len(piece)
-                counts.update(place['counts'])
-                place = {'split': split, 'mark': mark, 'skip': 0, 'counts': dict(counts)}
+                counts.update(resume['counts'])
+                resume = {'split': split, 'corpus': corpus_state, 'skip': 0, 'counts': dict(counts)}
                 bar.update(written - bar.n)
                 if total and counts['in']:
                     bar.total = round(written / counts['in'] * total)
                 if max_tokens and written == max_tokens:
                     break
-            one_shard = split == '' and not shards  # of which the first tenth is for validation
-            if shard.tokens < 1 + one_shard and not any(entry['file'].startswith(split or 'train') for entry in shards):
-                raise UserError(f'{out_dir}: too little text in {place["counts"]["in"]:,} documents')
-            if one_shard:
-                tokens = shard.take()
-                shard.write(tokens[:-(-len(tokens) // 10)])
-                close_shard('val')
-                shard.write(tokens[-(-len(tokens) // 10):])
+            check_interrupt()
             if shard.tokens:
-                close_shard(split or 'train')
-            place = {'split': order[order.index(split) + 1], 'mark': None, 'skip': 0, 'counts': place['counts']}
+                close_shard()
+            if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
+                raise UserError(f'{out_dir}: too little text in {describe(resume["counts"])}')
+            if not split:
+                cut_first(out_dir, shard, shards)
+            resume = {**resume, 'split': order[order.index(split) + 1], 'corpus': None, 'skip': 0}
             save_progress()
-    state['place'] = place
+    shard.file.close()
+    state['resume'] = resume
+
+
+def cut_first(out_dir, shard, shards):
+    """Cut the first shard into validation, at most a tenth of all tokens, and the rest of it, to train on."""
+    ids = np.load(out_dir / FIRST, mmap_mode='r')
+    n_val = min(len(ids), -(-sum(entry['tokens'] for entry in shards) // 10))
+    shard.write(ids[:n_val])
+    pieces = [shard.close('val_000000.npy')]
+    if n_val < len(ids):
+        shard.write(ids[n_val:])
+        pieces.append(shard.close('train_000000.npy'))
+    shards[:1] = pieces
 
 
 def tokenize(texts, tokenizer, clean, dedup):
     """
     What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys,
-    counts): the ids, (n,) uint16; for each document in them the keys it is known by, if dedup; what was found.
+    counts): the ids, (n,) uint16; if dedup, a list of keys for each document in them; documents in and dropped.
     """
     counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'empty': texts.count('')})
     texts = [text for text in texts if text]
@@ -143,64 +162,42 @@ def tokenize(texts, tokenizer, clean, dedup):
     return get_tokenizer(tokenizer).encode_documents(texts), keys, counts
 
 
-@contextlib.contextmanager
-def workers(num_proc, processes):
-    """
-    An executor. Threads, because tiktoken runs without Python's lock and nothing has to be copied; processes where
-    the work is Python's own. Spawned, since a fork would copy the reader's locks and connections.
-    """
-    pool = (concurrent.futures.ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), die_with_parent)
-            if processes else concurrent.futures.ThreadPoolExecutor(num_proc))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def die_with_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent answers for us
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def in_order(pool, work, batches, num_proc):
-    """(work(texts), mark) for each (texts, mark) of batches, in their order, while all workers are busy."""
-    under_way = collections.deque()
-    for texts, mark in batches:
-        chars = sum(len(text) for text in texts if text)
-        under_way.append((pool.submit(work, texts), mark, chars))
-        while len(under_way) > 3 * num_proc or sum(item[2] for item in under_way) > CHARS_UNDER_WAY:
-            future, mark, _ = under_way.popleft()
-            yield future.result(), mark
-    for future, mark, _ in under_way:
-        yield future.result(), mark
-
-
 def in_batches(documents):
-    """A corpus's (texts, mark) from single (text, mark)."""
+    """A corpus's (texts, state) from single (text, state)."""
     texts, chars = [], 0
-    for text, mark in documents:
+    for text, state in documents:
         texts.append(text)
         chars += len(text or '')
         if chars >= BATCH_CHARS or len(texts) >= BATCH_CHARS // 10:
-            yield texts, mark
+            yield texts, state
             texts, chars = [], 0
     if texts:
-        yield texts, mark
+        yield texts, state
 
 
 def corpus_of(texts):
     """The corpus of a list of texts, or of a function that returns an iterable of them, the same each time."""
-    def corpus(mark):
-        begin = mark['documents'] if mark else 0
+    def corpus(state):
+        first, = position(state, 'documents')
         documents = enumerate(texts() if callable(texts) else texts)
-        yield from in_batches((text, {'documents': i + 1}) for i, text in documents if i >= begin)
+        yield from in_batches((text, {'documents': i + 1}) for i, text in documents if i >= first)
     return corpus
 
 
-class Shard:
+def position(state, *names):
+    """These numbers of a corpus's resume state, or zeros at the beginning."""
+    try:
+        numbers = [state[name] for name in names] if state else [0] * len(names)
+        if all(map(is_count, numbers)):
+            return numbers
+    except (KeyError, TypeError):
+        pass
+    raise UserError(f'progress.json is damaged (there is no position such as {state}): {START_OVER}')
+
+
+class ShardWriter:
     """
-    The shard that is being written, as shard.tmp: it gets its name when it is whole and on the disk.
+    The shard that is being written; it gets its name when it is complete and on the disk.
     .tokens: how many it holds
     """
 
@@ -209,7 +206,9 @@ class Shard:
         self.begin()
 
     def begin(self):
-        self.file, self.tokens, self.documents = open(self.folder / 'shard.tmp', 'w+b'), 0, 0
+        path = self.folder / f'{TEMPORARY}shard'
+        path.unlink(missing_ok=True)
+        self.file, self.tokens, self.documents = open(path, 'x+b'), 0, 0
         self.write_header()
 
     def write_header(self):  # of the same length for any number: numpy leaves room for it to grow
@@ -222,14 +221,7 @@ class Shard:
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(tokens == self.eot))
 
-    def take(self):
-        """All tokens written so far, (n,); the shard is empty afterwards."""
-        self.file.seek(-self.tokens * self.dtype.itemsize, os.SEEK_CUR)
-        tokens = np.frombuffer(self.file.read(), self.dtype)
-        self.begin()
-        return tokens
-
-    def close(self, split, number):
+    def close(self, name):
         """Give the shard its name and begin the next one; returns its entry for meta.json."""
         self.write_header()
         self.file.flush()
@@ -239,7 +231,6 @@ class Shard:
         while piece := self.file.read(1 << 20):
             sha256.update(piece)
         self.file.close()
-        name = f'{split}_{number:06d}.npy'
         os.replace(self.file.name, self.folder / name)
         entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256.hexdigest()}
         self.begin()
@@ -248,7 +239,7 @@ class Shard:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Nobody else prepares the folder meanwhile. The system forgets such a lock with the process that holds it."""
+    """Keeps other processes from preparing the folder. The system releases the lock of a process that ends."""
     try:
         import fcntl
     except ImportError:  # Windows has none
@@ -259,50 +250,58 @@ def locked(folder):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f'{folder} is being prepared by another process')
+        raise UserError(f'{folder} is being prepared by another process') from None
     finally:
         os.close(descriptor)
 
 
-def earlier(out_dir, source, settings):
+def load_state(out_dir, source, settings, corpora):
     """
-    What an earlier run left in the folder: meta.json if it is complete, else progress.json, and if there is
-    nothing to lose, the beginning. Exits if its shards are made of something else, or are not all there.
+    The state of an earlier run in the folder: meta.json if it is complete, else progress.json, else the beginning.
+    Raises UserError if its shards were made from something else, or are missing or damaged.
     """
-    new = json.loads(json.dumps({'source': source, 'settings': settings, 'shards': [], 'place': None}))
-    there = {path.name for path in out_dir.glob('*.npy')}
-    files = [path for path in (out_dir / 'meta.json', out_dir / 'progress.json') if path.exists()]
-    if not files and there:
-        raise UserError(f'{out_dir} holds {min(there)}, but nothing says what made it: give another out_dir')
+    new = json.loads(json.dumps({'source': source, 'settings': settings, 'shards': [], 'resume': None}))
+    path = next((path for path in (out_dir / 'meta.json', out_dir / 'progress.json') if path.exists()), None)
+    if not path:
+        if any(out_dir.glob('*.npy')):
+            raise UserError(no_meta(out_dir))
+        return new
     try:
-        state = json.loads(files[0].read_text()) if files else new
-        if not state['shards']:
+        state = json.loads(path.read_text())
+        complete = path.name == 'meta.json'
+        if complete and state['format'] != 1:
+            raise ValueError(f'it has format {state["format"]}')
+        if not complete and not state['shards']:
             return new
+        check_entries(state['shards'], *[FIRST] * (not complete))
+        check_counts(state['documents'] if complete else state['resume']['counts'])
+        if not complete and not (state['resume']['split'] in (*corpora, 'end') and is_count(state['resume']['skip'])):
+            raise ValueError(f'there is no position such as {state["resume"]}')
         different = difference(state['settings'], new['settings']) or difference(state['source'], new['source'])
-        damaged = [out_dir / entry['file'] for entry in state['shards']
-                   if not holds(out_dir / entry['file'], entry['tokens'])]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{files[0]} is damaged ({error!r}): {START_AGAIN}')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} is damaged ({error!r}): {START_OVER}') from None
     if different:
-        raise UserError(f'{out_dir} was begun with {different}: give another out_dir, or {START_AGAIN}')
-    if damaged:
-        raise UserError(f'{damaged[0]} is missing or damaged, though it was made whole: {START_AGAIN}')
+        raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
+    dtype = np.dtype(get_tokenizer(settings['tokenizer']).dtype)
+    for entry in state['shards']:
+        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open().close()
     return state
 
 
-def holds(path, tokens):
-    """Whether a shard is there with so many tokens."""
-    try:
-        return np.load(path, mmap_mode='r').shape == (tokens,)
-    except (OSError, ValueError):  # there is none, or less than its header says
-        return False
+def is_count(n):
+    return type(n) is int and n >= 0
+
+
+def check_counts(counts):
+    if 'in' not in counts or not all(map(is_count, counts.values())):
+        raise ValueError(f'these are no counts of documents: {counts}')
 
 
 def earlier_source(out_dir):
-    """The source of what is in the folder already, {} if there is nothing."""
-    for path in (Path(out_dir) / 'meta.json', Path(out_dir) / 'progress.json'):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads(path.read_text())['source']
+    """The source recorded in the folder, {} if there is none."""
+    for name in 'meta.json', 'progress.json':
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return dict(json.loads((Path(os.path.expanduser(out_dir)) / name).read_text())['source'])
     return {}
 
 
@@ -318,25 +317,29 @@ def difference(old, new):
     return ''
 
 
-def finish(out_dir, state):
-    """Write meta.json, which says that the dataset is complete, and return what it holds."""
+def count_tokens(shards, split):
+    return sum(entry['tokens'] for entry in shards if entry['file'].startswith(split))
+
+
+def write_meta(out_dir, state):
+    """Write meta.json, which says that the dataset is complete, and return its content."""
     tokenizer = get_tokenizer(state['settings']['tokenizer'])
-    splits = {split: [entry for entry in state['shards'] if entry['file'].startswith(split)]
-              for split in ('train', 'val')}
+    shards = sorted(state['shards'], key=lambda entry: entry['file'])
     meta = {'format': 1, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
             'dtype': np.dtype(tokenizer.dtype).name,
-            'tokens': {split: sum(entry['tokens'] for entry in shards) for split, shards in splits.items()},
-            'documents': state['place']['counts'], 'source': state['source'], 'settings': state['settings'],
-            'shards': splits['train'] + splits['val']}
+            'tokens': {split: count_tokens(shards, split) for split in ('train', 'val')},
+            'documents': state['resume']['counts'], 'source': state['source'], 'settings': state['settings'],
+            'shards': shards}
     write(out_dir / 'meta.json', json.dumps(meta, indent=1).encode())
     return meta
 
 
-def report(out_dir, meta):
-    counts = meta['documents']
-    print(f'{out_dir}: {meta["tokens"]["train"]:,} tokens to train on, {meta["tokens"]["val"]:,} for validation '
-          f'({meta["tokenizer"]})')
-    if meta['settings']['clean'] or meta['settings']['dedup'] or counts.get('unreadable'):
+def report(out_dir, meta, val_from):
+    counts, settings = meta['documents'], meta['settings']
+    train, val = (count_tokens(meta['shards'], split) for split in ('train', 'val'))
+    print(f'{out_dir}: {train:,} tokens to train on, {val:,} for validation '
+          f'({val / (train + val):.1%}, {val_from}), by the tokenizer {settings["tokenizer"]}')
+    if settings['clean'] or settings['dedup'] or counts.get('unreadable'):
         print(table(counts))
 
 
@@ -345,6 +348,12 @@ def table(counts):
     dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
     rows = [('documents in', counts['in']), *dropped.items(), ('documents out', counts['in'] - sum(dropped.values()))]
     return '\n'.join(f'{n:>14,}  {name}' for name, n in rows)
+
+
+def describe(counts):
+    """'8 documents (7 too_short, 1 duplicate)': how many came in, and what was dropped."""
+    dropped = ', '.join(f'{n:,} {rule}' for rule, n in counts.items() if n and rule != 'in')
+    return f'{counts["in"]:,} documents' + f' (dropped: {dropped})' * bool(dropped)
 
 
 def cores():

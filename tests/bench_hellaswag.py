@@ -43,7 +43,8 @@ tokenizer = get_tokenizer('gpt2')
 def ours(dtype):
     synchronize(device)
     start = time.perf_counter()
-    result = hellaswag.evaluate(model, tokenizer, chosen, device, dtype, batch_tokens)
+    rows = hellaswag.prepare(chosen, tokenizer, model.config.block_size)
+    result = hellaswag.evaluate(model, rows, device, dtype, batch_tokens)
     seconds = time.perf_counter() - start
     return seconds / items, round(result['acc_norm'] * items)
 

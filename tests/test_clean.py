@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from conftest import run
+from test_prepare import run_here
 
 from data import clean
 from data.tokenizer import get_tokenizer
@@ -66,11 +67,11 @@ def documents(folder):
 
 def test_duplicates_and_the_table(tmp_path):
     texts = [good(1), *BAD.values(), good(2), good(1).upper(), f'<p>{good(2)}</p>', good(3)]
-    out = run('prepare_fineweb.py', write(tmp_path / 'a.jsonl', texts), f'--out_dir={tmp_path}/out', '--clean',
-              '--tokenizer=bytes').out
+    out = run_here('prepare_fineweb.py', write(tmp_path / 'a.jsonl', texts), f'--out_dir={tmp_path}/out', '--clean',
+                   '--tokenizer=bytes', '--num_proc=1').out
     assert documents(tmp_path / 'out') == [good(1), good(2), good(3)]
     rows = {line.split()[-1] if 'doc' not in line else line.split('  ')[-1]: line.split()[0]
-            for line in out.splitlines()[1:]}
+            for line in out.splitlines()[2:]}
     assert rows == {'documents in': '10', 'unreadable': '0', 'empty': '0', **dict.fromkeys(BAD, '1'), 'duplicate': '2',
                     'documents out': '3'}
 
@@ -81,9 +82,9 @@ def test_near_duplicates(tmp_path):
     near = ' '.join(base[:500] + ['changed'] + base[501:])
     half = ' '.join(base[:500]) + ' ' + good(3, words=500)
     where = write(tmp_path / 'a.jsonl', [' '.join(base), other, near, half])
-    run('prepare_fineweb.py', where, f'--out_dir={tmp_path}/near', '--dedup=minhash', '--tokenizer=bytes')
+    run_here('prepare_fineweb.py', where, '--num_proc=1', f'--out_dir={tmp_path}/near', '--dedup=minhash', '--tokenizer=bytes')
     assert documents(tmp_path / 'near') == [' '.join(base), other, half]
-    run('prepare_fineweb.py', where, f'--out_dir={tmp_path}/exact', '--dedup=exact', '--tokenizer=bytes')
+    run_here('prepare_fineweb.py', where, '--num_proc=1', f'--out_dir={tmp_path}/exact', '--dedup=exact', '--tokenizer=bytes')
     assert documents(tmp_path / 'exact') == [' '.join(base), other, near, half]
 
 

@@ -74,7 +74,7 @@ def test_settings_are_the_plain_lowercase_globals(run):
 
 
 @pytest.mark.parametrize('argument, value', [
-    ('--batch_size=12', 12), ('--batch_size=-1', -1), ('--learning_rate=1e-3', 1e-3), ('--learning_rate=1', 1.0),
+    ('--batch_size=12', 12), ('--learning_rate=1e-3', 1e-3), ('--learning_rate=1', 1.0),
     ('--out_dir=123', '123'), ('--start=hello world', 'hello world'), ('--start=--a=b', '--a=b'), ('--out_dir=', ''),
     ('--always_save_checkpoint=False', False), ('--always_save_checkpoint=false', False),
     ('--always_save_checkpoint=0', False), ('--compile', True), ('--compile=False', False), ('--compile=max', 'max')])
@@ -160,6 +160,27 @@ def test_what_is_wrong_in_a_file_is_one_line_that_names_it(run, text, words):
     line = complaint(run('file.py', file=text))
     assert line.startswith(words)
     assert line.count('file.py') == 1
+
+
+@pytest.mark.parametrize('argument, words', [
+    ('--batch_size=-1', 'batch_size=-1 must be at least 1 and at most 2147483647'),
+    ('--batch_size=1000000000000', 'batch_size=1000000000000 must be at least 1'),
+    ('--learning_rate=nan', 'learning_rate=nan must be at least 0 and finite'),
+    ('--learning_rate=inf', 'learning_rate=inf must be at least 0 and finite')])
+def test_a_value_outside_its_range_is_one_line(run, argument, words):
+    done = run(argument)
+    assert done.returncode == 1 and done.stderr.startswith(words) and done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('text, words', [
+    ('if True:\n    batchsize = 3\n', 'file.py:2: unknown setting batchsize; did you mean batch_size?'),
+    ('BATCH_SIZE = 3\n', 'file.py:1: unknown setting BATCH_SIZE; did you mean batch_size?')])
+def test_a_name_that_would_be_ignored_is_refused(run, text, words):
+    assert complaint(run('file.py', file=text)).startswith(words)
+
+
+def test_a_home_folder_is_expanded(run):
+    assert changed(run('--out_dir=~/x')) == {'out_dir': os.path.expanduser('~/x')}
 
 
 def test_help(run):

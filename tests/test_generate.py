@@ -55,15 +55,31 @@ def test_the_cache_changes_no_logit(model):
     for chunks in ([1] * 16, [5, 1, 7, 3], [16]):
         cache, seen = model.new_cache(2), 0
         for T in chunks:
-            last, _ = model(idx[:, seen:seen + T], cache=cache)
+            last = model.head(model.hidden(idx[:, seen:seen + T], cache=cache)[:, -1])
             seen += T
-            torch.testing.assert_close(last[:, 0], whole[:, seen - 1], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(last, whole[:, seen - 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('T', [1, 5, 15, 17])
+def test_the_step_of_a_cuda_graph_changes_no_token(model, T):
+    """Here without the graph: keys and values at a column that a tensor names, all columns read, a mask."""
+    idx, lengths = prompts(3, T), torch.tensor([T, max(1, T - 3), 1])
+    assert torch.equal(model.generate(idx, 25, temperature=0, cuda_graph=True), plainly(model, idx, 25))
+    assert torch.equal(model.generate(idx, 25, lengths=lengths, seeds=range(3), cuda_graph=True),
+                       model.generate(idx, 25, lengths=lengths, seeds=range(3)))
+
+
+def test_columns_that_are_not_filled_may_hold_anything(model, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, 'empty', lambda *shape, **how: empty(*shape, **how).fill_(math.nan))
+    idx = prompts(2, 5)
+    assert torch.equal(model.generate(idx, 8, temperature=0, cuda_graph=True), plainly(model, idx, 8))
 
 
 def test_each_token_costs_one_token(model, monkeypatch):
     """Within the context the model sees the prompt once and then one token at a time; past it, whole windows."""
-    seen, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, 'forward', lambda self, idx, **how: seen.append(idx.size(1)) or forward(self, idx, **how))
+    seen, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *how: seen.append(idx.size(1)) or hidden(self, idx, *how))
     model.generate(prompts(1, 10), 9)
     assert seen == [10, 1, 1, 1, 1, 1, 1, 16, 16]
 
@@ -143,6 +159,9 @@ P = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625], [0.05, 0.05, 0.1, 0.2, 0.6
     (dict(temperature=0.5, top_k=2), [[4 / 5, 1 / 5, 0, 0, 0], [0, 0, 0, 1 / 10, 9 / 10]]),
     (dict(top_k=3, top_p=0.6), [[2 / 3, 1 / 3, 0, 0, 0], [0, 0, 0, 0, 1]]),  # top_p of what top_k left
     (dict(temperature=1e-40), [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]),
+    (dict(temperature=1e-300), [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]),  # which is 0 in float32
+    (dict(top_p=1e-300), [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]),
+    (dict(min_p=1e-300), P.tolist()),
 ])
 def test_next_token_probs(options, expected):
     torch.testing.assert_close(next_token_probs(P.log() + 3, **options), torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
@@ -154,6 +173,8 @@ def test_repetition_penalty():
     expected = torch.tensor([[1.0, -2.0, 0.0, 4.0], [2.0, -1.0, 0.0, 2.0]])
     assert torch.equal(penalize(logits, idx, 2.0), expected)
     assert torch.equal(penalize(logits, idx, 1.0), logits)
+    for extreme in (1e-300, 1e300):
+        assert next_token_probs(penalize(logits, idx, extreme)).isfinite().all()
 
 
 def test_samples_have_the_probabilities(model):

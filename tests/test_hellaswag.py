@@ -59,6 +59,10 @@ def simple_way(model, tokenizer, item):
     return losses, lengths
 
 
+def evaluate(model, tokenizer, items, **how):
+    return hellaswag.evaluate(model, hellaswag.prepare(items, tokenizer, model.config.block_size), **how)
+
+
 def assert_same(result, simple):
     losses, lengths = (torch.tensor(x) for x in zip(*simple))
     assert torch.equal(result['lengths'], lengths)
@@ -74,19 +78,19 @@ def test_same_as_the_simple_way(items, fields):
     """Learned and rotary positions; and contexts that must be cut, endings too, where 64 bytes are too few."""
     model, tokenizer = small_gpt(**fields), get_tokenizer('bytes')
     some = items[::10] + [{**ITEM, 'ctx': ''}, {**ITEM, 'endings': ['', 'a', 'b', 'cd']}]
-    assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
+    assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
 @needs_gpt2
 def test_same_as_the_simple_way_with_gpt2s_tokens(items):
     model, tokenizer = small_gpt(vocab_size=50257, n_embd=16), get_tokenizer('gpt2')
     some = items[::20]
-    assert_same(hellaswag.evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
+    assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
 def test_same_as_the_simple_way_on_1000_items(items):
     model, tokenizer = small_gpt(n_layer=1), get_tokenizer('bytes')
-    result = hellaswag.evaluate(model, tokenizer, items)
+    result = evaluate(model, tokenizer, items)
     simple = [simple_way(model, tokenizer, item) for item in items]
     assert_same(result, simple)
     summed = [losses for losses, _ in simple]
@@ -101,7 +105,7 @@ def test_the_score_is_of_the_ending_not_of_its_length():
     """A model that finds every byte equally likely takes the shortest ending for acc; for acc_norm all are alike."""
     model = small_gpt()
     torch.nn.init.zeros_(model.lm_head.weight)
-    result = hellaswag.evaluate(model, get_tokenizer('bytes'), [ITEM, {**ITEM, 'label': 2}])
+    result = evaluate(model, get_tokenizer('bytes'), [ITEM, {**ITEM, 'label': 2}])
     ln_V = torch.log(torch.tensor(257.0)).item()
     assert result['lengths'].tolist() == [[len(' ' + ending) for ending in ITEM['endings']]] * 2
     torch.testing.assert_close(result['losses'] / result['lengths'], torch.full((2, 4), ln_V, dtype=torch.float64))
@@ -112,51 +116,55 @@ def test_batches_change_nothing(items):
     """Sizes of batches, from one row to all of them; rows stay under the budget; the items' order is kept."""
     model, tokenizer = small_gpt(), get_tokenizer('bytes')
     sizes = []
-    model.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
-    one = hellaswag.evaluate(model, tokenizer, items[:40], batch_tokens=1)
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    one = evaluate(model, tokenizer, items[:40], batch_tokens=1)
     assert len(sizes) == 40
     sizes.clear()
-    several = hellaswag.evaluate(model, tokenizer, items[:40], batch_tokens=5000)
+    several = evaluate(model, tokenizer, items[:40], batch_tokens=5000)
     assert 2 < len(sizes) < 20 and max(sizes) <= 5000
     torch.testing.assert_close(one['losses'], several['losses'], rtol=1e-5, atol=1e-4)
-    backwards = hellaswag.evaluate(model, tokenizer, items[:40][::-1], batch_tokens=5000)
+    backwards = evaluate(model, tokenizer, items[:40][::-1], batch_tokens=5000)
     torch.testing.assert_close(backwards['losses'].flip(0), several['losses'], rtol=1e-5, atol=1e-4)
 
 
 def test_compiled_and_in_bfloat16(items):
     model, tokenizer = small_gpt(), get_tokenizer('bytes')
-    expected = hellaswag.evaluate(model, tokenizer, items[:20])
-    low = hellaswag.evaluate(model, tokenizer, items[:20], dtype='bfloat16')
+    expected = evaluate(model, tokenizer, items[:20])
+    low = evaluate(model, tokenizer, items[:20], dtype='bfloat16')
     torch.testing.assert_close(low['losses'], expected['losses'], rtol=0.05, atol=0.5)
-    compiled = hellaswag.evaluate(torch.compile(model, backend='aot_eager'), tokenizer, items[:20])
+    compiled = evaluate(torch.compile(model, backend='aot_eager'), tokenizer, items[:20])
     torch.testing.assert_close(compiled['losses'], expected['losses'], rtol=1e-4, atol=1e-4)
 
 
 WORKER = '''
 import sys, torch, torch.distributed as dist, hellaswag
+from pathlib import Path
 from data.tokenizer import get_tokenizer
-from test_hellaswag import small_gpt
+from test_hellaswag import evaluate, small_gpt
 dist.init_process_group('gloo')
 model, passes = small_gpt(), []
-model.register_forward_pre_hook(lambda module, args: passes.append(1))
-items = hellaswag.load_items(sys.argv[1])
-result = hellaswag.evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
+model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
+hellaswag.URL, hellaswag.FILE, hellaswag.SHA256 = sys.argv[1], Path(sys.argv[2], 'items.jsonl'), sys.argv[3]
+items = hellaswag.load_items()
+result = evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
 torch.save(result | {'passes': len(passes)}, f'{sys.argv[2]}/{dist.get_rank()}.pt')
 dist.destroy_process_group()
 '''
 
 
-def test_processes_share_the_items(tmp_path, items):
-    """Two processes, an odd number of items: the same forward passes on both, and one process's losses on both."""
-    path = tmp_path / 'items.jsonl'
-    path.write_text(''.join(json.dumps(item) + '\n' for item in items[:21]))
+def test_processes_share_the_items(tmp_path, items, server):
+    """Two processes, an odd number of items: one downloads them, the same forward passes on both, and one process's
+    losses on both."""
+    content = ''.join(json.dumps(item) + '\n' for item in items[:21]).encode()
+    (server / 'items.jsonl').write_bytes(content)
     (tmp_path / 'worker.py').write_text(WORKER)
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                    tmp_path / 'worker.py', path, tmp_path], check=True,
+                    tmp_path / 'worker.py', hellaswag.URL, tmp_path, hashlib.sha256(content).hexdigest()], check=True,
                    env=environment(PYTHONPATH=f'{ROOT}:{ROOT}/tests'))
+    assert requests == ['/items.jsonl']
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['passes'] == second['passes']
-    alone = hellaswag.evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
+    alone = evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
     for result in first, second:
         torch.testing.assert_close(result['losses'], alone['losses'], rtol=1e-5, atol=1e-4)
         assert result['acc'] == alone['acc'] and result['acc_norm'] == alone['acc_norm']
@@ -179,6 +187,10 @@ def test_command(tmp_path):
                      for scores in (losses, [loss / n for loss, n in zip(losses, lengths)]))
     assert done.out == f'acc      {acc:.4f} ± 0.0000\nacc_norm {acc_norm:.4f} ± 0.0000\n'
     assert not list(tmp_path.glob('*.tmp'))
+    (tmp_path / 'full.py').write_text('import resource as _r\n_r.setrlimit(_r.RLIMIT_FSIZE, (10, 10))')  # a full disk
+    full = run('hellaswag.py', tmp_path / 'full.py', f'--out_dir={tmp_path}', f'--data={tmp_path}/items.jsonl',
+               '--device=cpu', f'--out={tmp_path}/more.jsonl', expect=1)
+    assert full.out == done.out and full.err == f'out={tmp_path}/more.jsonl could not be written: File too large\n'
 
 
 @pytest.mark.parametrize('line, words', [
@@ -221,18 +233,23 @@ def test_labels_may_be_strings(tmp_path):
     assert hellaswag.load_items(tmp_path / 'items.jsonl') == [ITEM]
 
 
+requests = []  # paths that the server was asked for
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve tmp_path/site, from which hellaswag then fetches its file into tmp_path/data."""
     site = tmp_path / 'site'
     site.mkdir()
 
+    requests.clear()
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=site)
 
         def log_message(self, *args):
-            pass
+            requests.append(self.path)
 
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         threading.Thread(target=server.serve_forever).start()

@@ -43,7 +43,7 @@ def test_lm_eval_finds_our_score(tokenizer, tmp_path, monkeypatch):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4)  # so large that it has opinions
-    ours = hellaswag.evaluate(model, get_tokenizer(tokenizer), items)
+    ours = hellaswag.evaluate(model, hellaswag.prepare(items, get_tokenizer(tokenizer), 1024))
     model.save_pretrained(tmp_path / 'gpt', tokenizer)
     monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
     (tmp_path / 'items.jsonl').write_text(''.join(json.dumps(item) + '\n' for item in items))

@@ -1,7 +1,11 @@
 """The model: GPT-2 to the last parameter, beside two other implementations of it, and every variant of it."""
+import ast
 import importlib.util
 import math
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,6 +22,13 @@ VARIANTS = {
     'no bias': dict(bias=False),
     'grouped heads': dict(n_kv_head=2),
     'rope': dict(position='rope', rope_theta=1e5),
+    'rope linear': dict(position='rope', rope_type='linear', rope_factor=4.0),
+    'rope llama3': dict(position='rope', rope_type='llama3', rope_factor=8.0, rope_original_context=16,
+                        rope_low_freq_factor=0.5, rope_high_freq_factor=2.0),
+    'rope yarn': dict(position='rope', rope_type='yarn', rope_factor=4.0, rope_attention_factor=1.2),
+    'head_size': dict(head_size=12, n_kv_head=2),
+    'no gains': dict(norm='rmsnorm', norm_gain=False, qk_norm=True),
+    'embedding_norm': dict(embedding_norm=True),
     'rmsnorm': dict(norm='rmsnorm', norm_eps=1e-6),
     'qk_norm': dict(qk_norm=True),
     'relu2': dict(mlp='relu2'),
@@ -181,13 +192,58 @@ def test_padding_is_never_scored_or_sampled():
         assert model.generate(x, 20, temperature=temperature).max() < 70
 
 
+@pytest.mark.parametrize('softcap', [0.0, 15.0])
+def test_the_padding_changes_neither_loss_nor_gradient(softcap):
+    """Beside logits cut off at the vocabulary's end."""
+    x, y = batch(vocab_size=70)
+    y = y.where(y > 10, -1)
+    gradients, losses = [], []
+    for cut in (True, False):
+        model = tiny(vocab_size=70, softcap=softcap)  # the weights have 128 rows
+        logits, loss = model(x, y)
+        if cut:
+            loss = F.cross_entropy(model.head(model.hidden(x)).flatten(0, 1), y.flatten(), ignore_index=-1)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-7)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+
+
+def test_rope_tables_stay_float32_on_every_device():
+    expected = tiny(position='rope').rope_cos
+    assert expected.shape == (32, 4) and expected.dtype == torch.float32
+    assert torch.equal(tiny(position='rope').bfloat16().rope_cos, expected)
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**TINY, position='rope'))
+    assert model.rope_cos.device.type == 'meta'
+    assert torch.equal(model.to_empty(device='cpu').rope_cos, expected)
+    assert not [name for name in model.state_dict() if 'rope' in name]
+    positions = torch.arange(32)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(expected, positions.cos())
+    model.crop_block_size(16)
+    assert torch.equal(model.rope_cos, expected[:16])
+    model.extend_context(64, rope_theta=1e6)
+    assert model.rope_cos.shape == (64, 4) and not torch.equal(model.rope_cos[:16], expected[:16])
+
+
+def test_model_py_works_alone(tmp_path):
+    """Copied out of the repository, with no other package than torch."""
+    shutil.copy(Path(GPT.__init__.__code__.co_filename), tmp_path)
+    code = ('import sys, torch; torch_alone = set(sys.modules); from model import GPT, GPTConfig\n'
+            'print({name.split(".")[0] for name in set(sys.modules) - torch_alone} - sys.stdlib_module_names)\n'
+            'x = torch.zeros(1, 8, dtype=int); GPT(GPTConfig(8, 65, 1, 1, 8))(x, x)[1].backward()')
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(out) <= {'model', 'torch'}
+
+
 def test_targets_of_minus_one_are_not_scored():
     model, (x, y) = tiny(), batch()
     some = y.where(torch.rand(y.shape, generator=torch.Generator().manual_seed(2)) < 0.5, -1)
-    every = model(x, y, reduction='none')[1]  # (B, T)
+    every = model.token_losses(x, y)  # (B, T)
     assert every.mean().item() == pytest.approx(model(x, y)[1].item(), abs=1e-5)
-    logits, each = model(x, some, reduction='none')
-    assert logits is None and (each[some == -1] == 0).all()
+    each = model.token_losses(x, some)
+    assert (each[some == -1] == 0).all()
     torch.testing.assert_close(each[some != -1], every[some != -1])
     assert model(x, some)[1].item() == pytest.approx(every[some != -1].mean().item(), abs=1e-5)
     assert model(x, some, return_logits=False)[0] is None

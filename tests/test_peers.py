@@ -86,7 +86,7 @@ def test_nothing_is_run(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / 'ran'), 'w')
     torch.save({'model': {}, 'config': Config()}, tmp_path / 'bad.pt')
-    with pytest.raises(UserError, match='bad.pt is no checkpoint that can be read') as exit:
+    with pytest.raises(UserError, match='bad.pt is not a readable checkpoint') as exit:
         checkpoint.load_model(str(tmp_path / 'bad.pt'), '', 'cpu')
     assert '\n' not in str(exit.value) and not (tmp_path / 'ran').exists()
 

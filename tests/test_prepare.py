@@ -1,13 +1,21 @@
 """Preparing data: what comes in is what is in the shards, whoever kills it in between, and every mistake is one line."""
+import contextlib
 import csv
 import gzip
+import io
 import json
 import os
 import random
+import runpy
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 import tokenize
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -23,15 +31,29 @@ BYTES = get_tokenizer('bytes')
 TEXTS = [f'Document {i}: ' + 'né 漢 🙂 \n' * (i % 7) for i in range(60)]
 
 
-def prepare(out_dir, *args, expect=0, tokenizer='bytes', **how):
-    return run('prepare_fineweb.py', f'--out_dir={out_dir}', f'--tokenizer={tokenizer}', *args, expect=expect, **how)
+def run_here(script, *args, expect=0):
+    """A prepare script in this process, as conftest's run() does it in one of its own: .out and .err."""
+    out, argv, hook = io.StringIO(), sys.argv, sys.excepthook
+    sys.argv = [str(ROOT / script), *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(sys.argv[0], run_name='__main__')
+        status, err = 0, ''
+    except UserError as error:
+        status, err = error.status, ' '.join(str(error).split()) + '\n'
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+    assert status == expect, err or out.getvalue()
+    return SimpleNamespace(out=out.getvalue(), err=err)
+
+
+def prepare(out_dir, *args, expect=0, tokenizer='bytes'):
+    return run_here('prepare_fineweb.py', f'--out_dir={out_dir}', f'--tokenizer={tokenizer}', *args, expect=expect)
 
 
 def complaint(out_dir, *args, **how):
-    """The one line on stderr with which preparing fails."""
-    err = prepare(out_dir, *args, expect=1, **how).err
-    assert err.count('\n') == 1, err
-    return err
+    """The one line with which preparing fails."""
+    return prepare(out_dir, *args, expect=1, **how).err
 
 
 def stream(folder, *splits):
@@ -53,12 +75,13 @@ def write_jsonl(path, texts, key='text'):
 
 def test_first_shard_is_validation_and_documents_run_on(tmp_path):
     write_jsonl(tmp_path / 'a.jsonl', TEXTS)
-    prepare(tmp_path / 'out', f'--data_files={tmp_path}/a.jsonl', '--shard_size=500')
+    prepare(tmp_path / 'out', f'--data_files={tmp_path}/a.jsonl', '--shard_size=100')
     expected = BYTES.encode_documents(TEXTS)
+    assert len(expected) > 1000
     assert (stream(tmp_path / 'out', 'val', 'train') == expected).all()
-    assert [len(np.load(path)) for path in sorted((tmp_path / 'out').glob('val_*'))] == [500]
+    assert [len(np.load(path)) for path in sorted((tmp_path / 'out').glob('val_*'))] == [100]
     sizes = [len(np.load(path)) for path in sorted((tmp_path / 'out').glob('train_*'))]
-    assert set(sizes[:-1]) == {500} and sizes[-1] == (len(expected) - 1) % 500 + 1
+    assert set(sizes[:-1]) == {100} and sizes[-1] == (len(expected) - 1) % 100 + 1
 
 
 def test_meta_says_what_is_there(tmp_path):
@@ -86,6 +109,43 @@ def test_small_text_gives_a_tenth_to_validation_and_max_tokens_is_exact(tmp_path
     assert len(stream(tmp_path / 'one', 'val')) == 50       # a single whole shard leaves something to train on
 
 
+def test_validation_is_at_most_a_tenth(tmp_path):
+    """Also where a shard is most of the text, and not a whole one."""
+    expected = BYTES.encode_documents(TEXTS)
+    for shard_size in len(expected) - 1, len(expected) // 2, len(expected) // 7:
+        out = tmp_path / str(shard_size)
+        report = prepare(out, '--data_files=' + str(write_jsonl(tmp_path / 'a.jsonl', TEXTS)), f'--shard_size={shard_size}')
+        assert len(stream(out, 'val')) == -(-len(expected) // 10)
+        assert (stream(out, 'val', 'train') == expected).all()
+        assert '10.0%, of the same text' in report.out
+        meta = json.loads((out / 'meta.json').read_text())
+        assert {path.name for path in out.iterdir()} == {'meta.json', *(shard['file'] for shard in meta['shards'])}
+
+
+def test_killed_while_the_first_shard_is_cut(tmp_path, monkeypatch):
+    """Whatever is the last thing that is written: it continues with the same bytes."""
+    how = dict(tokenizer='bytes', shard_size=500, num_proc=1)
+    engine.prepare(tmp_path / 'whole', engine.corpus_of(TEXTS), **how)
+    replace, count = os.replace, 0
+
+    def dies(source, target):
+        nonlocal count
+        count += 1
+        if count == last:
+            raise OSError('killed')
+        replace(source, target)
+    for last in range(1, 30):
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', dies)
+            with contextlib.suppress(UserError):
+                engine.prepare(tmp_path / f'{last}', engine.corpus_of(TEXTS), **how)
+                break
+        engine.prepare(tmp_path / f'{last}', engine.corpus_of(TEXTS), **how)
+        assert files_of(tmp_path / f'{last}') == files_of(tmp_path / 'whole')
+    assert last > 10
+
+
 def test_documents_that_come_to_nothing_do_not_end_it(tmp_path):
     engine.prepare(tmp_path / 'out', engine.corpus_of([''] * 250_000 + TEXTS), tokenizer='bytes', num_proc=2)
     assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)).all()
@@ -95,13 +155,13 @@ def test_documents_that_come_to_nothing_do_not_end_it(tmp_path):
 # interruption
 
 def killed(script, out_dir, *args, shard_size, times, shards, pause):
-    """Start the script and SIGKILL it, so many times, a few shards and a moment later; then let it finish."""
+    """Start the script and SIGKILL it, a number of times, a few shards and a moment later; then let it finish."""
     chance = random.Random(1)
     args = [f'--out_dir={out_dir}', f'--shard_size={shard_size}', *args]
     for _ in range(times):
         goal = len(list(out_dir.glob('*.npy'))) + chance.randrange(shards)
         process = start(script, f'--num_proc={chance.randrange(1, 4)}', *args)
-        while process.poll() is None and not ((out_dir / 'shard.tmp').exists()
+        while process.poll() is None and not ((out_dir / '.prepare-shard').exists()
                                               and len(list(out_dir.glob('*.npy'))) >= goal):
             time.sleep(0.001)
         time.sleep(chance.uniform(0, pause))
@@ -122,7 +182,7 @@ def test_killed_twenty_times_ends_with_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize('source, cleaning', [('hub', []), ('files', []), ('files', ['--clean'])])
 def test_killed_with_other_sources(tmp_path, source, cleaning):
-    """The place in the files survives, the duplicates, and the counts; to clean, the workers are processes."""
+    """The position in the files survives, the duplicates, and the counts; to clean, the workers are processes."""
     words = random.Random(5).choices([f'word{i}' for i in range(5000)], k=500_000)
     texts = [' '.join(words[i:i + 100]) for i in range(0, 500_000, 100)]
     (tmp_path / 'raw').mkdir()
@@ -147,7 +207,7 @@ def test_workers_die_with_their_parent(tmp_path):
         time.sleep(0.01)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
     if not children.exists():
-        pytest.skip('only Linux tells who a process has begotten')
+        pytest.skip('only Linux lists the children of a process')
     children = [Path('/proc') / child for child in children.read_text().split()]
     assert len(children) >= 2
     process.kill()
@@ -172,9 +232,9 @@ def test_other_settings_are_refused(tmp_path):
     shard = tmp_path / 'out/train_000000.npy'
     shard.write_bytes(shard.read_bytes()[:-1])
     write_jsonl(path, TEXTS)
-    assert f'{shard} is missing or damaged' in complaint(tmp_path / 'out', *again)
+    assert f'{shard} is damaged' in complaint(tmp_path / 'out', *again)
     (tmp_path / 'out/meta.json').unlink()
-    assert 'nothing says what made it' in complaint(tmp_path / 'out', *again)
+    assert 'no meta.json says which tokenizer made them' in complaint(tmp_path / 'out', *again)
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -193,8 +253,208 @@ def test_ctrl_c_is_one_line(tmp_path):
     while not list((tmp_path / 'out').glob('*.npy')) and process.poll() is None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
-    assert finish(process).returncode == 1
-    assert process.err == f'interrupted: the same command goes on from the last whole shard in {tmp_path}/out\n'
+    assert finish(process).returncode == 130
+    assert process.err == f'interrupted: the same command continues after the last complete shard in {tmp_path}/out\n'
+    run('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000')
+
+
+def interrupted_here(out_dir, texts, **how):
+    """Prepare in this process, where Ctrl-C comes while `texts` are read."""
+    try:
+        with pytest.raises(KeyboardInterrupt, match='the same command continues'):
+            engine.prepare(out_dir, engine.corpus_of(texts), tokenizer='bytes', shard_size=1_000_000, **how)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL    # a second one ends the process at once
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize('dedup', ['', 'exact'])
+@pytest.mark.parametrize('swallow', [None, KeyboardInterrupt])
+def test_ctrl_c_that_a_library_swallows_stops_it(tmp_path, swallow, dedup):
+    """Callbacks from C, finalizers and broad excepts lose an exception. Threads without dedup, processes with it."""
+    def texts(interrupt=True):
+        for i in range(5000):
+            if i == 2500 and interrupt:
+                with contextlib.suppress(swallow or ()):
+                    os.kill(os.getpid(), signal.SIGINT)
+            yield f'{i} ' + 'abc ' * 250
+    interrupted_here(tmp_path / 'out', texts, num_proc=1, dedup=dedup)
+    assert not (tmp_path / 'out/meta.json').exists()
+    for folder in 'out', 'whole':
+        engine.prepare(tmp_path / folder, engine.corpus_of(lambda: texts(False)), tokenizer='bytes',
+                       shard_size=1_000_000, num_proc=1, dedup=dedup)
+    assert files_of(tmp_path / 'out') == files_of(tmp_path / 'whole')
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error(tmp_path):
+    def texts():
+        yield 'abc'
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise UserError('a.parquet cannot be read') from None
+    interrupted_here(tmp_path / 'out', texts, num_proc=1)
+
+
+STUCK = """
+import sys, time
+from data import prepare
+from configurator import excepthook
+sys.excepthook = excepthook
+def stuck(texts, **settings):
+    print('stuck', flush=True)
+    time.sleep(1000)
+prepare.tokenize = stuck
+if __name__ == '__main__':
+    prepare.prepare(sys.argv[1], prepare.corpus_of(['text']), tokenizer='bytes', num_proc=1, dedup=sys.argv[2])
+"""
+
+
+def catches_sigint(process):
+    status = Path(f'/proc/{process.pid}/status').read_text()
+    return int(status.split('SigCgt:')[1].split()[0], 16) >> (signal.SIGINT - 1) & 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
+    """A thread can't be stopped in the middle of a batch."""
+    (tmp_path / 'stuck.py').write_text(STUCK)
+    process = subprocess.Popen([sys.executable, tmp_path / 'stuck.py', tmp_path / 'out', ''], text=True, cwd=ROOT,
+                               env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.stdout.readline() != 'stuck\n':
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)
+    while catches_sigint(process):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process).returncode == -signal.SIGINT and process.err == ''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('children', [1, 3])    # the resource tracker; and two workers, which import Python's modules
+def test_ctrl_c_while_workers_start_is_one_line(tmp_path, children):
+    write_jsonl(tmp_path / 'a.jsonl', [f'{i} ' + 'abc ' * 250 for i in range(5000)])
+    process = start('prepare_fineweb.py', f'--out_dir={tmp_path}/out', f'--data_files={tmp_path}/a.jsonl',
+                    '--tokenizer=bytes', '--dedup=exact', '--num_proc=2')
+    listing = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    while len(listing.read_text().split()) < children:
+        time.sleep(0.0001)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process).returncode == 130
+    assert process.err == f'interrupted: the same command continues after the last complete shard in {tmp_path}/out\n'
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    (tmp_path / 'stuck.py').write_text(STUCK.replace('time.sleep(1000)', 'import os; os.kill(os.getpid(), 9)'))
+    done = subprocess.run([sys.executable, tmp_path / 'stuck.py', tmp_path / 'out', 'exact'], text=True, cwd=ROOT,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, timeout=240)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'a worker process ended' in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# what else is in the folder
+
+def test_only_its_own_files_are_removed(tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    mine = {'thesis.tmp': 'a', 'seen.sqlite': 'b', 'shard.tmp': 'c', 'notes.json': 'd'}
+    for name, content in mine.items():
+        (out / name).write_text(content)
+    (tmp_path / 'victim').write_text('precious')
+    for name in ('.prepare-shard', '.prepare-seen.sqlite'):
+        (out / name).symlink_to(tmp_path / 'victim')
+    engine.prepare(out, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1, dedup='exact')
+    assert {name: (out / name).read_text() for name in mine} == mine
+    assert (tmp_path / 'victim').read_text() == 'precious'
+    assert {path.name for path in out.iterdir()} == {*mine, 'meta.json', 'train_000000.npy', 'val_000000.npy'}
+
+
+def test_without_the_keys_seen_so_far_duplicates_are_not_let_through(tmp_path):
+    def texts(fail=True):
+        for i in range(6000):
+            if i == 5999 and fail:
+                raise OSError('lost')
+            yield f'{i % 3000} ' + 'abc ' * 500
+    with pytest.raises(UserError, match='lost'):
+        engine.prepare(tmp_path, engine.corpus_of(texts), tokenizer='bytes', shard_size=500_000, dedup='exact',
+                       num_proc=1)
+    assert list(tmp_path.glob('train_*'))
+    for spoil, words in ((lambda path: path.write_bytes(b'no database' * 1000), 'is damaged'),
+                         (lambda path: path.unlink(), 'is missing')):
+        spoil(tmp_path / '.prepare-seen.sqlite')
+        with pytest.raises(UserError, match=f'seen.sqlite {words}'):
+            engine.prepare(tmp_path, engine.corpus_of(lambda: texts(False)), tokenizer='bytes', shard_size=500_000,
+                           dedup='exact', num_proc=1)
+
+
+def test_a_folder_must_be_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='out_dir is empty'):
+        engine.prepare('', engine.corpus_of(TEXTS), tokenizer='bytes')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    write_jsonl(tmp_path / 'home/a.jsonl', TEXTS)
+    prepare('~/out', '--data_files=~/*.jsonl')
+    (tmp_path / 'home/wiki.txt').write_text(' = Title A = \n text \n = Title B = \n text \n')
+    run_here('data/wikitext2/prepare.py', '--input=~/wiki.txt', '--out_dir=~/wiki', '--tokenizer=bytes')
+    assert (tmp_path / 'home/out/meta.json').exists() and (tmp_path / 'home/wiki/meta.json').exists()
+    assert not (tmp_path / '~').exists()
+
+
+def test_progress_never_leads_out_of_the_folder(tmp_path):
+    path = write_jsonl(tmp_path / 'a.jsonl', TEXTS)
+    prepare(tmp_path / 'out', f'--data_files={path}')
+    np.save(tmp_path / 'other.npy', np.zeros(5, np.uint16))
+    meta = json.loads((tmp_path / 'out/meta.json').read_text())
+    for name in '../other.npy', str(tmp_path / 'other.npy'), 'train_/../../other.npy', 'other.npy':
+        meta['shards'][0] |= {'file': name, 'tokens': 5}
+        (tmp_path / 'out/meta.json').write_text(json.dumps(meta))
+        assert f'meta.json is damaged' in complaint(tmp_path / 'out', f'--data_files={path}')
+
+
+@contextlib.contextmanager
+def nobodys_folder():
+    """A folder that everyone may enter, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Without root's rights."""
+    euid = os.geteuid()
+    try:
+        if euid == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(euid)
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid'), reason='needs Unix permissions')
+def test_a_permission_error_is_not_damage():
+    from data.dataset import Split
+    with nobodys_folder() as folder:
+        engine.prepare(folder, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1)
+        for name in 'train_000000.npy', 'meta.json':
+            (folder / name).chmod(0)
+            for use in (lambda: Split(str(folder), 'train'),
+                        lambda: engine.prepare(folder, engine.corpus_of(TEXTS), tokenizer='bytes')):
+                with as_nobody(), pytest.raises(UserError) as error:
+                    use()
+                assert name in str(error.value) and 'ermission denied' in str(error.value)
+                assert 'damaged' not in str(error.value) and 'delete' not in str(error.value)
+            (folder / name).chmod(0o644)
 
 
 # -----------------------------------------------------------------------------
@@ -219,6 +479,8 @@ def zst(path, texts):
 WRITERS = {
     'a.jsonl': write_jsonl,
     'a.json': lambda path, texts: path.write_text(json.dumps([{'text': text} for text in texts])),
+    'b.json': lambda path, texts: path.write_text(json.dumps([{'text': text} for text in texts], indent=1), 'utf-8-sig'),
+    'c.json': lambda path, texts: path.write_text('\n ' + json.dumps([{'text': text} for text in texts])),
     'a.jsonl.gz': lambda path, texts: path.write_bytes(gzip.compress(write_jsonl(path, texts).read_bytes())),
     'a.jsonl.zst': zst,
     'a.parquet': parquet,
@@ -245,19 +507,20 @@ def test_text_files(tmp_path, split, documents):
 
 
 @pytest.mark.parametrize('streaming', [True, False])
-def test_a_dataset_that_datasets_loads(tmp_path, streaming):
+def test_a_dataset_that_datasets_loads(tmp_path, streaming, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'hf'))
     (tmp_path / 'raw').mkdir()
     parquet(tmp_path / 'raw/train.parquet', TEXTS)
-    prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={streaming}', HF_HOME=str(tmp_path / 'hf'))
+    prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={streaming}')
     assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)).all()
-    other = prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={not streaming}', expect=1,
-                    HF_HOME=str(tmp_path / 'hf')).err
+    other = prepare(tmp_path / 'out', f'--dataset={tmp_path}/raw', f'--streaming={not streaming}', expect=1).err
     assert f'streaming={streaming}, not {not streaming}' in other  # which would count on from another place
     err = complaint(tmp_path / 'no', f'--dataset={tmp_path}/raw', '--text_key=body')
     assert "no column 'body'" in err and 'id, text' in err
 
 
-BAD = {     # a file and what is said about it, where
+BAD = {     # a file, and the error with its line
     'a.jsonl': (b'{"text": "fine"}\n{"text": \n{"text": "good"}\n', 'a.jsonl:2: not JSON'),
     'b.jsonl': (b'{"text": "fine"}\n{"body": "x"}\n{"text": "good"}\n', "b.jsonl:2: no 'text' in it, but body"),
     'c.jsonl': (b'{"text": "fine"}\n\n{"text": 7}\n{"text": "good"}\n', 'c.jsonl:3: text is of type int'),
@@ -302,6 +565,12 @@ def test_mistakes_are_one_line(tmp_path):
     (tmp_path / 'empty.jsonl').touch()
     assert 'too little text' in complaint(tmp_path / 'out', f'--data_files={tmp_path}/empty.jsonl')
     assert 'is for FineWeb-Edu' in run('prepare_fineweb.py', own, expect=1).err
+    for ignored in '--split=test', '--name=x', '--streaming=False', '--dataset=a/b', '--revision=1':
+        assert 'would be ignored' in complaint(tmp_path / 'out', own, ignored)
+    assert 'would be ignored' in complaint(tmp_path / 'out', f'--dataset={tmp_path}', '--txt_split=line')
+    write_jsonl(tmp_path / 'short.jsonl', ['too short', 'this one too', 'this one too'])
+    assert 'in 3 documents (dropped: 3 too_short)' in complaint(
+        tmp_path / 'out', f'--data_files={tmp_path}/short.jsonl', '--clean', '--num_proc=1')
     (tmp_path / 'file').touch()
     assert 'file' in complaint(tmp_path / 'file', own)
 
@@ -314,6 +583,8 @@ def test_shakespeare_as_nanogpt_splits_it(tmp_path):
     if not text.exists():
         pytest.skip('no copy of Tiny Shakespeare here')
     run('data/shakespeare_char/prepare.py', f'--input={text}', f'--out_dir={tmp_path}/out')
+    run_here('data/shakespeare/prepare.py', f'--input={text}', f'--out_dir={tmp_path}/same', '--tokenizer=bytes')
+    assert files_of(tmp_path / 'out') == files_of(tmp_path / 'same')
     assert BYTES.decode_bytes(stream(tmp_path / 'out', 'train')[1:]) == text.read_bytes()[:1003854]
     assert BYTES.decode_bytes(stream(tmp_path / 'out', 'val')[1:]) == text.read_bytes()[1003854:]
 
@@ -321,7 +592,9 @@ def test_shakespeare_as_nanogpt_splits_it(tmp_path):
 def test_wikitext_articles_are_documents(tmp_path):
     articles = [f' \n = Title {i} = \n \n Text {i} . \n \n = = Part = = \n \n More . \n' for i in range(20)]
     (tmp_path / 'wiki.txt').write_text(''.join(articles))
-    run('data/wikitext2/prepare.py', f'--input={tmp_path}/wiki.txt', f'--out_dir={tmp_path}/out', '--tokenizer=bytes')
+    args = [f'--input={tmp_path}/wiki.txt', f'--out_dir={tmp_path}/out', '--tokenizer=bytes']
+    assert 'would be ignored' in run_here('data/wikitext2/prepare.py', *args, '--held_out=test', expect=1).err
+    run_here('data/wikitext2/prepare.py', *args)
     meta = json.loads((tmp_path / 'out/meta.json').read_text())
     assert [shard['documents'] for shard in meta['shards']] == [18, 2]
     assert BYTES.decode(stream(tmp_path / 'out', 'train')).startswith('<|endoftext|> = Title 0 = \n')
@@ -356,3 +629,19 @@ def test_a_download_is_checked(tmp_path, monkeypatch):
     finally:
         server.shutdown()
     assert {path.name for path in tmp_path.iterdir()} == {'served.txt', 'right.txt'}
+
+
+OFFLINE = """
+import runpy, sys, time
+time.sleep = lambda seconds: None   # between retries
+sys.argv = ['prepare_fineweb.py', f'--out_dir={sys.argv[1]}']
+runpy.run_path('prepare_fineweb.py', run_name='__main__')
+"""
+
+
+def test_without_network_it_says_so_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, '-c', OFFLINE, tmp_path / 'out'], text=True, cwd=ROOT, capture_output=True,
+                          timeout=240, env={**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9',
+                                            'HF_HOME': str(tmp_path), 'NO_PROXY': '*'})
+    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+    assert 'HuggingFaceFW/fineweb-edu cannot be loaded' in done.stderr and 'go online' in done.stderr

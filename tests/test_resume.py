@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_optimizer_is_named(dataset, tmp_path):
 def test_what_is_no_checkpoint_is_said_to_be_none(dataset, tmp_path):
     (tmp_path / 'ckpt.pt').write_bytes(b'PK not really')
     process = run(*tiny(dataset, tmp_path, '--init_from=resume'), expect=1)
-    assert process.err.startswith(f'{tmp_path}/ckpt.pt is no checkpoint that can be read') and process.err.count('\n') == 1
+    assert process.err.startswith(f'{tmp_path}/ckpt.pt is not a readable checkpoint') and process.err.count('\n') == 1
 
 
 def test_a_bad_step_of_one_process_is_skipped_by_all(dataset, tmp_path):

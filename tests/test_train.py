@@ -28,7 +28,8 @@ def test_a_run_learns_and_leaves_a_log_and_a_checkpoint(dataset, tmp_path):
                        r'mfu ([\d.]+)% \| \d+:\d\d:\d\d left$', out, re.MULTILINE)
     assert [int(step) for step, *_ in steps] == list(range(1, 61))
     assert len(re.findall(r"^  > ['\"].*['\"]$", out, re.MULTILINE)) == 4  # two samples before the first step, two at the end
-    log = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    first, *log = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
+    assert first['config']['max_iters'] == 60 and first['tokens_per_step'] == 512 and first['parameters'] > 0
     assert [entry['step'] for entry in log if 'val_loss' in entry] == [0, 30, 60]
     training = [entry for entry in log if 'loss' in entry]
     assert all({'step', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu'} <= set(entry) for entry in training)
@@ -70,7 +71,7 @@ def test_a_signal_ends_the_step_saves_and_exits(dataset, tmp_path, number, proce
         process.send_signal(number)
     finish(process)
     assert 'train.py", line' not in process.err  # no traceback of ours
-    step = int(re.search(r'saved .*ckpt.pt at step (\d+); --init_from=resume goes on from it', process.out)[1])
+    step = int(re.search(r'saved .*ckpt.pt at step (\d+); --init_from=resume continues from it', process.out)[1])
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == step == max(losses(tmp_path))
     if not processes:  # torchrun's own status says that it was stopped
         assert process.returncode == 0 and process.err == ''

@@ -1,5 +1,5 @@
 """
-The Python standard library that runs this: real text, on every machine, with nothing to download.
+The standard library of the Python that runs this: real text, on every machine, without a download.
 
     python data/stdlib/prepare.py
 
@@ -19,7 +19,7 @@ from data.prepare import corpus_of, prepare
 tokenizer = 'bytes'  # or 'gpt2'
 out_dir = ''  # the dataset's folder; empty: the one of this script
 shard_size = 100_000_000  # tokens
-num_proc = 0  # workers; 0: one a core
+num_proc = 0  # workers; 0: one per core
 configure(globals())
 
 SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test',  # not the library itself
@@ -27,7 +27,7 @@ SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_
 
 
 def read(path):
-    """The file's text, or None: some are there to be unreadable."""
+    """The file's text, or None: some are unreadable on purpose."""
     try:
         with tokenize.open(path) as file:
             return file.read()

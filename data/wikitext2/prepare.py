@@ -3,7 +3,7 @@ WikiText-2, 2 million words of good Wikipedia articles (Merity et al. 2016, arXi
 
     python data/wikitext2/prepare.py
 
-Each article is a document. The text keeps WikiText's form, in which words and signs stand apart.
+Each article is a document. The text keeps WikiText's form, with spaces between words and punctuation.
 """
 import hashlib
 import re
@@ -16,11 +16,13 @@ from data.download import read_text
 from data.prepare import corpus_of, prepare
 
 name = 'wikitext-2-raw-v1'  # or 'wikitext-2-v1', with <unk> for rare words
-held_out = 'validation'  # the split to validate on; or 'test', which published perplexities are of
+held_out = 'validation'  # the split to validate on; or 'test', which published perplexities are measured on
 input = ''  # a text file in this form, instead of the download; its last tenth of articles is for validation
 tokenizer = 'gpt2'  # or 'bytes'
 out_dir = ''  # the dataset's folder; empty: the one of this script
 configure(globals())
+if input and (name, held_out) != ('wikitext-2-raw-v1', 'validation'):
+    raise UserError('name and held_out are for the download: with input they would be ignored')
 
 
 def articles(text):
@@ -30,10 +32,14 @@ def articles(text):
 
 def from_hub(split):
     from datasets import load_dataset  # here, because it takes a second that --input doesn't need
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # without network, a dozen lines about retries
+    print(f'opening {name}, split {split}, on the hub', flush=True)
     try:
         return ''.join(load_dataset('Salesforce/wikitext', name, split=split)['text'])
-    except Exception as error:  # of many kinds: no network, no such name
-        raise UserError(f'WikiText-2 could not be fetched ({type(error).__name__}): give a copy of its text as --input=FILE')
+    except Exception as error:  # many kinds: no network, no such name
+        raise UserError(f'WikiText-2 could not be fetched ({type(error).__name__}): go online once, '
+                        'or give a copy of its text as --input=FILE') from None
 
 
 if input:

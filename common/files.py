@@ -1,0 +1,86 @@
+"""Files in out_dir: reserved for one run, replaced only by complete ones, never removed unless this program made them."""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import socket
+import uuid
+from pathlib import Path
+
+import filelock
+
+from data.errors import UserError
+
+LOCK = '.lock'  # in out_dir
+TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl)\.[0-9a-f]{12}\.tmp')  # what a killed atomic_write leaves
+
+
+def lock(out_dir, timeout=0):
+    """Make out_dir if need be, reserve it for this process, and remove what a killed run left half-written there.
+
+    Keep what it returns: the lock lasts as long. The system releases it when the process ends, however it ends (where
+    the file system has no locks, filelock leaves a file, and ignores one whose process is gone). timeout: seconds to
+    wait for the holder to finish. Raises UserError if another process holds the lock or the folder can't be written.
+    """
+    path = Path(out_dir, LOCK)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = path.read_text().strip() if path.is_file() else ''
+        held = filelock.FileLock(path)
+        held.acquire(timeout=timeout)
+    except filelock.Timeout:
+        holder = ', '.join(holder.splitlines()) or 'another process'
+        raise UserError(f'{out_dir} is in use by another run ({holder}): wait for it or stop it, or choose another out_dir') from None
+    except OSError as error:
+        raise UserError(f'out_dir={out_dir} cannot be written: {error.strerror}') from None
+    with contextlib.suppress(OSError):  # a full disk
+        if isinstance(held, filelock.UnixFileLock):
+            path.write_text(f'pid {os.getpid()} on {socket.gethostname()}\n')
+        for leftover in path.parent.iterdir():
+            if TEMPORARY.fullmatch(leftover.name):
+                leftover.unlink()
+    return held
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file to write to, which replaces path once it is complete and on the disk. A failure leaves path as it
+    was, and no temporary file."""
+    temporary = Path(f'{path}.{uuid.uuid4().hex[:12]}.tmp')
+    try:
+        with open(temporary, 'xb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a read-only file system: the next lock() removes it
+            temporary.unlink()
+        raise
+
+
+def copy(source, path):
+    """An independent copy of a file, atomically; it shares blocks with the source where the file system can (Btrfs,
+    XFS), until either is overwritten."""
+    with open(source, 'rb') as old, atomic_write(path) as new:
+        try:
+            while os.copy_file_range(old.fileno(), new.fileno(), 1 << 30):
+                pass
+        except (AttributeError, OSError):  # only Linux has it, and not for every file system
+            shutil.copyfileobj(old, new, 1 << 20)
+
+
+def numbered(out_dir, last=math.inf):
+    """[(step, path)] of the checkpoints ckpt_000250.pt and so on up to step `last`, the newest first."""
+    names = [(re.fullmatch(r'ckpt_(\d{6,})\.pt', path.name), path) for path in Path(out_dir).glob('ckpt_*.pt')]
+    return sorted(((int(name[1]), path) for name, path in names if name and int(name[1]) <= last), reverse=True)
+
+
+def reason(error):
+    """'No space left on device' and the like: an OSError in the system's words, any other error by its first line."""
+    cause = error
+    while cause and not isinstance(cause, OSError):  # torch.save raises its own while it handles one
+        cause = cause.__context__
+    return getattr(cause, 'strerror', None) or (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,251 @@
+"""
+A scaling law of your own: trains a grid of small models on a few token counts each, or reads finished runs, fits
+L = E + A/N^alpha + B/D^beta to their validation losses, and predicts runs that it has not seen.
+
+    python scaling.py config/quickstart.py                         # train the grid, fit, draw
+    python scaling.py --runs='out-*' --predict=124e6:10e9          # fit finished runs instead
+    python plan.py --budget=1e19 --fit=out-scaling/scaling.json    # what to train with that compute
+
+It takes train.py's settings and its own; each model of the grid is one run of train.py with them. Finished runs are
+kept, so that the same command continues after a stop, or adds to the grid.
+"""
+
+import glob
+import json
+import math
+import os
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+
+import torch
+
+import compare
+from common import files, laws, log
+from configurator import UserError, configure, settings_of
+
+# -----------------------------------------------------------------------------
+out_dir = 'out-scaling'  # the grid's runs, scaling.json and the picture go here
+runs = ''  # fit these finished runs instead of a grid: folders with * and ?, comma-separated
+sizes = '2x32,2x64,3x96,4x128'  # models of the grid: layers x channels
+steps = '75,150,300,600'  # of each of them; every run's learning rate falls over its own steps
+grid_head_size = 32  # channels of a head in the grid's models
+hold_out = 1  # runs of most compute that the fit does not see and has to predict; 0: it sees all
+predict = ''  # predict the loss of these too: parameters:tokens, comma-separated, such as 124e6:10e9
+resamples = 200  # of the bootstrap that gives the 90% intervals
+picture = 'scaling.png'  # in out_dir, by matplotlib; nothing: none
+# -----------------------------------------------------------------------------
+
+TRAIN = Path(__file__).with_name('train.py')
+COLORS = 'cividis'  # light to dark as models grow; the same order for colour-blind readers and in print
+MARKERS = 'osD^vP*X'
+
+
+@dataclass
+class Run:
+    name: str
+    n: int  # parameters, with the token embeddings and without learned positions
+    d: int  # training tokens
+    loss: float  # the validation loss at the end, nats per token
+
+    @property
+    def flops(self):
+        return 6 * self.n * self.d
+
+
+def numbers(text, setting, kind=float, between=','):
+    """The numbers of a comma-separated setting; those with `between` in them as tuples."""
+    try:
+        values = [tuple(kind(part) for part in item.split(between)) if between != ',' else kind(item)
+                  for item in text.split(',') if item.strip()]
+    except ValueError:
+        raise UserError(f'{setting}={text} is not a comma-separated list such as {globals()[setting] or "1e8:2e9"}') from None
+    return values
+
+
+def read_run(folder):
+    """(Run, train.py's settings) of a finished run, from its log. Raises UserError for one that isn't finished, or
+    didn't start from scratch."""
+    entries = log.read(os.path.join(folder, 'log.jsonl'))
+    starts = [entry for entry in entries if 'config' in entry]  # one more after each resume
+    scores = [entry for entry in entries if 'val_loss' in entry]
+    if not starts or not scores:
+        raise UserError(f'{folder}: its log has no settings or no validation loss')
+    config = starts[-1]['config']
+    if scores[-1]['step'] < config['max_iters']:
+        raise UserError(f'{folder} stopped at step {scores[-1]["step"]} of {config["max_iters"]}, and only the loss at the '
+                        'end of a schedule is on the curve: finish it with --init_from=resume')
+    if starts[0]['config']['init_from'] not in ('scratch', 'auto'):
+        raise UserError(f'{folder} started from {starts[0]["config"]["init_from"]}: a scaling law is of models trained '
+                        'from scratch')
+    tokens = starts[-1]['tokens_per_step'] * config['max_iters']
+    return Run(folder, starts[-1]['parameters'], tokens, scores[-1]['val_loss']), config
+
+
+def train_grid(settings):
+    """[(Run, settings)] of the grid, each run finished by train.py if it isn't yet. settings: train.py's."""
+    jobs = []
+    for size in sizes.split(','):
+        try:
+            layers, width = map(int, size.split('x'))
+        except ValueError:
+            raise UserError(f'sizes={sizes}: {size} is not layers x channels, such as 4x128') from None
+        if width % grid_head_size:
+            raise UserError(f'sizes={sizes}: {width} channels are no multiple of grid_head_size={grid_head_size}')
+        for count in numbers(steps, 'steps', int):
+            shape = dict(n_layer=layers, n_embd=width, n_head=width // grid_head_size)
+            end = dict(max_iters=count, lr_decay_iters=0, eval_interval=count, sample_interval=0, hellaswag_interval=0)
+            jobs.append((layers * width**2 * count, f'{out_dir}/{layers}x{width}-{count}', settings | shape | end))
+    found = []
+    for i, (_, folder, wanted) in enumerate(sorted(jobs, key=lambda job: job[0])):
+        arguments = [f'--{name}={value}' for name, value in wanted.items() if name not in ('seed', 'out_dir', 'init_from')]
+        compare.train(Path(folder), arguments, wanted, wanted['seed'])
+        run, config = read_run(folder)
+        print(f'{i + 1}/{len(jobs)} {describe(run)} | loss {run.loss:.4f}', flush=True)
+        found.append((run, config))
+    return found
+
+
+def describe(run):
+    return f'{os.path.basename(run.name):12} {short(run.n)} parameters, {short(run.d)} tokens'
+
+
+def short(x):
+    """1234567 as 1.23M."""
+    power = min(max(int(math.log10(max(x, 1)) // 3), 0), 4)
+    return f'{x / 1000**power:.3g}{" kMBT"[power].strip()}'
+
+
+def bounds(samples, level=0.9):
+    """(low, high) between which that part of the samples lies."""
+    return samples.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+
+
+def draw(path, fitted, unseen, law, predictions):
+    """Three panels of loss: against compute with the frontier, against parameters, against tokens."""
+    from matplotlib import colormaps, ticker
+    from matplotlib.figure import Figure
+    everything = fitted + unseen
+    counts = sorted({run.n for run in everything})
+    color = {n: colormaps[COLORS](0.88 - 0.88 * i / max(1, len(counts) - 1)) for i, n in enumerate(counts)}
+    marker = {n: MARKERS[i % len(MARKERS)] for i, n in enumerate(counts)}
+    figure = Figure(figsize=(8, 3.9), layout='constrained')
+    axes = figure.subplots(1, 3, sharey=True)
+    frontier, limit = dict(color='black', linestyle='--', linewidth=1.4), dict(color='0.35', linestyle=':', linewidth=1.4)
+
+    def line(values):
+        return torch.logspace(math.log10(min(values) / 1.3), math.log10(max(values) * 1.3), 100, dtype=torch.float64)
+
+    for panel, axis, label in zip(('flops', 'n', 'd'), axes, ('compute 6ND (FLOPs)', 'parameters N', 'training tokens D')):
+        values = [getattr(run, panel) for run in everything]
+        x = line(values + [min(values) / 2.5] if panel == 'n' else values)  # room for the labels of its lines
+        if panel == 'flops':
+            axis.plot(x, law.loss(*law.optimum(x)), **frontier, label='frontier')
+        else:
+            axis.plot(x, law.loss(x, math.inf) if panel == 'n' else law.loss(math.inf, x), **limit,
+                      label='limit of endless D, or N' if panel == 'n' else None)
+        if panel == 'n':
+            for d in sorted({run.d for run in everything}):
+                axis.plot(x, law.loss(x, d), color='0.75', linewidth=0.9, zorder=1)
+                axis.annotate(f'D = {short(d)}', (x[4], law.loss(x[4], d)), xytext=(0, 4), textcoords='offset points',
+                              fontsize=7, color='0.3')
+        for n in counts:
+            if panel != 'n':
+                d = line([run.d for run in everything])
+                axis.plot(6 * n * d if panel == 'flops' else d, law.loss(n, d), color=color[n], linewidth=1, zorder=1)
+            points = [run for run in fitted if run.n == n]
+            axis.plot([getattr(run, panel) for run in points], [run.loss for run in points], marker[n], color=color[n],
+                      markersize=5, label=f'N = {short(n)}' if panel == 'd' else None)
+        for run, (expected, low, high) in zip(unseen, predictions):
+            at = getattr(run, panel)
+            axis.plot([at, at], [low, high], '_-', color='#D55E00', linewidth=1.5, markersize=10, markeredgewidth=1.5,
+                      label='90% interval of a run held out' if run is unseen[0] and panel == 'd' else None)
+            axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
+        axis.set_xscale('log')
+        axis.set_yscale('log')
+        axis.set_xlabel(label, fontsize=9)
+        axis.tick_params(which='both', labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
+    losses = [run.loss for run in everything]
+    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.08)
+    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    axes[0].yaxis.set_major_formatter('{x:.3g}')
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes[0].set_ylabel('validation loss (nats per token)', fontsize=9)
+    figure.legend(loc='outside upper center', ncols=4, frameon=False, fontsize=8)
+    save(path, lambda f: figure.savefig(f, dpi=200, format=Path(path).suffix[1:]))
+
+
+def save(path, write):
+    """Have write(binary file) make the file at path, whole or not at all."""
+    try:
+        with files.atomic_write(path) as f:
+            write(f)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib has no format for
+        raise UserError(f'{path} cannot be written: {error}') from None
+
+
+def main():
+    known = settings_of(TRAIN)
+    given = configure(globals(), 'train.py')
+    targets = numbers(predict, 'predict', between=':')
+    if any(len(target) != 2 for target in targets):
+        raise UserError(f'predict={predict} is not parameters:tokens, such as 124e6:10e9')
+    if hold_out < 0 or resamples < 20:
+        raise UserError('hold_out must be at least 0 and resamples at least 20')
+    if picture:
+        try:
+            import matplotlib  # noqa: F401  before hours of training
+        except ImportError:
+            raise UserError('the picture needs matplotlib: pip install matplotlib, or --picture= for none') from None
+    os.makedirs(out_dir, exist_ok=True)
+    if runs:
+        folders = sorted({folder for pattern in runs.split(',') for folder in glob.glob(pattern.strip())
+                          if os.path.isdir(folder)})
+        found = [read_run(folder) for folder in folders]
+    else:
+        found = train_grid({name: given[name] for name in known})
+    for name in 'dataset', 'eval_iters', 'batch_size', 'block_size':
+        if len({config[name] for _, config in found}) > 1:
+            print(f'{name} differs between these runs: their validation losses are not of the same tokens')
+    found = sorted((run for run, _ in found), key=lambda run: run.flops)
+    fitted, unseen = found[:len(found) - hold_out], found[len(found) - hold_out:]
+    if len(fitted) < 8 or len({run.n for run in fitted}) < 3 or len({run.d for run in fitted}) < 3:
+        raise UserError(f'a law of five numbers needs at least 8 runs of 3 sizes and 3 token counts, and there are '
+                        f'{len(fitted)} of {len({run.n for run in fitted})} and {len({run.d for run in fitted})}')
+
+    data = [torch.tensor([getattr(run, name) for run in fitted], dtype=torch.float64) for name in ('n', 'd', 'loss')]
+    law = laws.fit(*data)
+    resampled, noise = laws.resample(*data, law, resamples)
+    intervals = {name: bounds(getattr(resampled, name)) for name in asdict(law)}
+    exponent = bounds(resampled.beta / (resampled.alpha + resampled.beta))
+    E, A, alpha, B, beta = map(float, astuple(law))
+    print(f'\n{len(fitted)} runs, {short(min(data[0]))} to {short(max(data[0]))} parameters, '
+          f'{short(min(data[1]))} to {short(max(data[1]))} tokens')
+    print(f'L = {E:.3f} + {A:.4g}/N^{alpha:.3f} + {B:.4g}/D^{beta:.3f}')
+    for name, (low, high) in intervals.items():
+        print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
+    print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), Chinchilla\'s 0.46 to 0.50')
+
+    predictions = [[float(x) for x in laws.predict(law, resampled, noise, run.n, run.d)] for run in unseen]
+    for run, (expected, low, high) in zip(unseen, predictions):
+        verdict = 'inside' if low <= run.loss <= high else 'OUTSIDE'
+        print(f'held out: {describe(run)}: {expected:.4f} expected, 90% interval {low:.4f} to {high:.4f}; '
+              f'measured {run.loss:.4f}, {verdict}')
+    for n, d in targets:
+        expected, low, high = map(float, laws.predict(law, resampled, noise, n, d))
+        print(f'{short(n)} parameters, {short(d)} tokens: {expected:.4f} expected, 90% interval {low:.4f} to {high:.4f}')
+
+    result = {'law': {name: float(value) for name, value in asdict(law).items()}, 'intervals': intervals,
+              'flops': [fitted[0].flops, fitted[-1].flops], 'runs': [asdict(run) for run in found], 'hold_out': hold_out}
+    path = os.path.join(out_dir, 'scaling.json')
+    save(path, lambda f: f.write(json.dumps(result, indent=1).encode() + b'\n'))
+    written = [path]
+    if picture:
+        written.append(os.path.join(out_dir, picture))
+        draw(written[-1], fitted, unseen, law, predictions)
+    print(' and '.join(written) + ' written')
+
+
+if __name__ == '__main__':
+    main()
