@@ -105,17 +105,17 @@ def trained_with(optimizer, **options):
 
 
 def test_a_spike_is_one_beside_the_last_hundred_good_steps():
-    rule, norms = SkipRule(5.0, 'cpu'), torch.linspace(0.9, 1.1, 100).double()
+    rule, norms = SkipRule(5.0, 'cpu', {}), torch.linspace(0.9, 1.1, 100).double()
     loss = torch.tensor(1.0).double()
     assert not any(rule(loss, norm) for norm in [torch.tensor(50.0).double(), *norms[1:]])  # too few to judge by
     assert not rule(loss, norms[0])  # which pushes the 50 out
     mean, deviation = norms.mean(), norms.std()
-    resumed = SkipRule(5.0, 'cpu', rule.history())
+    resumed = SkipRule(5.0, 'cpu', rule.state_dict())
     for judge in rule, resumed:
         assert judge(loss, mean + 5.1 * deviation) and judge(loss, torch.tensor(float('inf'))) and judge(loss / 0, mean)
         assert not judge(loss, mean + 4.9 * deviation)
-    assert rule.history() == resumed.history() and len(rule.history()) == 100
-    assert not SkipRule(0.0, 'cpu', rule.history())(loss, 100 * mean)
+    assert rule.state_dict() == resumed.state_dict() and len(rule.state_dict()['norms']) == 100
+    assert not SkipRule(0.0, 'cpu', rule.state_dict())(loss, 100 * mean)
 
 
 def test_each_kind_of_parameter_has_a_learning_rate_of_its_own():
