@@ -47,7 +47,8 @@ RANGES = (
     (TINY, 1, 'wsd_decay mfu top_p'),
     (0, 1, 'min_p'),
 )
-CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp')}
+CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'), 'optimizer': ('adamw', 'muon'),
+           'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
 PATHS = 'out_dir', 'init_from', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input', 'data_files'
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
@@ -101,7 +102,7 @@ def note_given(places):
         given[key] = place
 
 def check_ranges(config, defaults):
-    """Raise UserError for the first value that is outside RANGES or CHOICES."""
+    """Raise UserError for the first value that is outside RANGES or CHOICES, or contradicts another."""
     ranges = {name: (low, high) for low, high, names in RANGES for name in names.split()}
     for name, value in config.items():
         low, high = ranges.get(name, (-math.inf, math.inf))
@@ -111,6 +112,8 @@ def check_ranges(config, defaults):
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
+    if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
+        raise UserError(f'min_lr={config["min_lr"]} must be at most learning_rate={config["learning_rate"]}')
 
 def settings_of(file):
     """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""

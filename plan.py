@@ -129,8 +129,8 @@ def report(config):
     if config['init_from'] not in ('scratch', 'auto', 'resume'):
         raise ValueError(f'init_from={config["init_from"]} has sizes of its own, which the plan does not know: give '
                          '--init_from=scratch, and them as n_layer, n_head and n_embd')
-    if config['gpus'] % config['replicas']:
-        raise ValueError(f'gpus={config["gpus"]} must be a multiple of replicas={config["replicas"]}')
+    distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'], config['sharded_checkpoints'],
+                             planned=config['gpus'])
     model, gpus = empty_model(config), config['gpus']
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())

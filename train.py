@@ -128,12 +128,8 @@ torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 
 
-def check_settings():
-    """Raise UserError for settings that contradict each other; print the given ones that this run does not use."""
-    if decay_lr and min_lr > learning_rate:
-        raise UserError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
-    if profile and max_iters < 7:
-        raise UserError(f'profile traces steps 5 to 7, and max_iters is {max_iters}')
+def print_unused():
+    """Print the given settings that this run does not use."""
     for unused, names, reason in (
             (not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
             (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
@@ -141,12 +137,12 @@ def check_settings():
             ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
         if unused and (names := [name for name in names.split() if name in given]):
             print0(f'not used: {", ".join(names)} ({reason})')
-    if decay_lr and 'warmup_iters' in given and warmup_iters > max_iters:
+    if decay_lr and warmup_iters > max_iters:
         print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters})')
 
 
 trackers = f'{log_to},wandb' if wandb_log else log_to
-check_settings()
+print_unused()
 lr_decay_iters = lr_decay_iters or max_iters
 accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
 tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
@@ -161,8 +157,11 @@ loading = dict(batch_size=batch_size, block_size=block_size, rank=distributed.ra
 train_data = Loader(dataset, 'train', **loading, shuffle=shuffle, seed=seed)
 val_data = Loader(dataset, 'val', **loading, shuffle=False)
 tokenizer = get_tokenizer(train_data.tokenizer)
-if eval_iters and 'eval_tokens' not in [*given][[*given, 'eval_iters'].index('eval_iters'):]:
-    eval_tokens = eval_iters * batch_size * block_size
+order = [name for name in given if name in ('eval_iters', 'eval_tokens')]
+if eval_iters and len(order) == 2:
+    print0('{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order)))
+if eval_iters and order[-1:] != ['eval_tokens']:
+    eval_tokens = eval_iters * config['batch_size'] * block_size
 
 # -----------------------------------------------------------------------------
 # model: from scratch, from this run's checkpoint, or from other weights
@@ -207,7 +206,8 @@ def fit_model(model, vocabulary):
                                             if name in given})
         return
     for name, value in asdict(model.config).items():
-        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] not in (value, 0):
+        default = type(value) is int and config.get(name) == 0  # 0 stands for another number
+        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] != value and not default:
             raise UserError(f'{given[name]}: the weights have {name}={value}')
     model.crop_block_size(block_size)
 
@@ -230,6 +230,8 @@ if resumed:
     if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
+if profile and max_iters - step < 7:
+    raise UserError(f'profile traces the steps 5 to 7 of a run, and this one has {max_iters - step}')
 skip_rule = optimizers.SkipRule(skip_spikes, device, resumed or {})
 
 
@@ -335,9 +337,28 @@ def save(best=False):
     checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
-def write_log(entry):
-    if saving:
+def claim_out_dir():
+    """Rename what an earlier run left in out_dir, or rewind this run's log, and write the entries so far. This waits for the
+    first step: a start that fails leaves out_dir as it was."""
+    global run_log
+    if run_log or not saving:
+        return
+    if not resumed_path or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
+        log.archive_previous_run(out_dir)
+    else:
+        if resumed_path != ckpt_path:
+            log.archive_previous_run(out_dir, after=first)
+        log.rewind(log_path, first)
+    run_log = log.Log(log_path, started)
+    for entry in entries:
         run_log.write(entry)
+
+
+def write_log(entry):
+    if run_log:
+        run_log.write(entry)
+    elif saving:
+        entries.append(entry)
 
 
 def draw_curves():
@@ -386,18 +407,11 @@ peak = peak_flops(dtype, device) * distributed.world_size
 n_params = model.get_num_params()
 print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
        f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
-if saving:  # from here on out_dir is this run's
+run_log, entries = None, [{'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
+                          'data': train_data.state_dict()}]
+if saving:
     lock = lock or files.lock(out_dir)
     started = log.start_trackers(trackers, wandb_project, wandb_run_name, config, out_dir, step)
-    if not resumed or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
-        log.archive_previous_run(out_dir)
-    else:
-        if resumed_path != ckpt_path:
-            log.archive_previous_run(out_dir, after=step)
-        log.rewind(log_path, step)
-    run_log = log.Log(log_path, started)
-    run_log.write({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
-               'data': train_data.state_dict()})
 
 tracer = None
 if profile and saving:
@@ -441,7 +455,7 @@ while True:
                     checkpoint.keep_best(out_dir)
                 else:
                     save(best=True)
-            if curves and saving and 'val_loss' in result:
+            if curves and run_log and 'val_loss' in result:
                 distributed.in_background(draw_curves)
         finished = time.perf_counter()
     if step >= max_iters or eval_only or stop:
@@ -482,6 +496,9 @@ while True:
     optimizers.step(opts, skip)
     scaler.update()
     step += 1
+    if step == first + 1:
+        claim_out_dir()
+        gc.freeze()  # what lives this long lives to the end: the collector need not look at it again
     if tracer:
         tracer.step()
 
@@ -489,13 +506,12 @@ while True:
     unfinished.append((step, lr, fetch(torch.stack((*numbers[:2], skip, numbers[2]))), data_s))
     while len(unfinished) > ('cuda' in device):
         stop |= finish_step(*unfinished.popleft())
-    if step == first + 1:
-        gc.freeze()  # what lives this long lives to the end: the collector need not look at it again
     if stop:
         break
 
 while unfinished:
     finish_step(*unfinished.popleft())
+claim_out_dir()  # of a run without a step
 if stop and bad_steps == 0:
     save()
 saved = checkpoint.wait()

@@ -173,14 +173,14 @@ def shutdown():
 # -----------------------------------------------------------------------------
 # how the model lies on the devices
 
-def check_layout(layout, replicas, cpu_offload, sharded_checkpoints):
-    """Raise UserError if these settings make no layout for this number of processes."""
+def check_layout(layout, replicas, cpu_offload, sharded_checkpoints, planned=0):
+    """Raise UserError if these settings make no layout for these processes, or for the number that a run is planned for."""
     if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
         raise UserError(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
-    if layout != 'ddp' and 'RANK' not in os.environ:
+    if layout != 'ddp' and not planned and 'RANK' not in os.environ:
         raise UserError(f'parallel={layout} shares the work of several processes: start them with torchrun')
-    if world_size % replicas:
-        raise UserError(f'replicas={replicas} must divide the number of processes, {world_size}')
+    if (planned or world_size) % replicas:
+        raise UserError(f'replicas={replicas} must divide the number of processes, {planned or world_size}')
 
 
 def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=False, compiled=False):
@@ -628,7 +628,7 @@ def is_first_failure():
 def describe(error):
     """One line for an error that is not a bug: out of memory, or another process is gone. Any other: None."""
     text = str(error).strip().split('\n')[0]
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         return (f'out of memory on rank {rank}: halve batch_size (the step stays the same, unless '
                 'gradient_accumulation_steps is fixed), or try --activation_checkpointing=True, or --parallel=fsdp on '
                 f'several GPUs. {text}')
