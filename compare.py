@@ -13,6 +13,7 @@ The final validation losses are compared pair by pair, by Student's t, after 3, 
 none does, it claims one that isn't there in at most 5 of 100 cases. They are repeated confidence intervals (Jennison
 and Turnbull 1989, J. R. Statist. Soc. B 51:305) with Bonferroni's inequality.
 """
+import itertools
 import math
 import os
 import shlex
@@ -60,9 +61,9 @@ def finished(folder, config):
         return None
     entries = log.read(folder / 'log.jsonl')
     then = next((entry['config'] for entry in reversed(entries) if 'config' in entry), {})
-    for name in config.keys() - {'seed', 'out_dir', 'init_from'}:  # the last is 'resume' after a stop
-        if then and then.get(name) != config[name]:
-            raise UserError(f'{folder} has a run with {name}={then.get(name)}, not {config[name]}: choose another '
+    for name in then.keys() & config.keys() - {'seed', 'out_dir', 'init_from'}:  # the last is 'resume' after a stop
+        if then[name] != config[name]:
+            raise UserError(f'{folder} has a run with {name}={then[name]}, not {config[name]}: choose another '
                             '--out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]
     if end and not math.isfinite(end[-1]):
@@ -70,7 +71,7 @@ def finished(folder, config):
     return entries if end else None
 
 
-def train(folder, arguments, config, seed):
+def train(folder, arguments, config, seed, jobs=1):
     """The log of the run in `folder`, which is started, or resumed, unless it has finished. Raises UserError if it
     fails."""
     if entries := finished(folder, config):
@@ -87,8 +88,7 @@ def train(folder, arguments, config, seed):
         output.write(error)
     entries = finished(folder, config)
     if process.returncode or not entries:
-        raise UserError(f'{folder}: {error.splitlines()[-1] if error else "stopped before its end"}; the same command '
-                        'continues')
+        raise UserError(f'{folder}: {error.splitlines()[-1] if error else "stopped; the same command continues"}')
     return entries
 
 
@@ -98,8 +98,9 @@ def final_loss(entries):
 
 
 def loss_curve(entries):
-    """(tokens, validation loss) of a run, float arrays."""
-    return plot.series(entries, 'tokens')[0]['val_loss']
+    """(tokens, validation loss) of a run, float arrays, without what is not finite."""
+    tokens, loss = plot.series(entries, 'tokens')[0]['val_loss']
+    return tokens[np.isfinite(loss)], loss[np.isfinite(loss)]
 
 
 def tokens_to(loss, entries):
@@ -134,7 +135,7 @@ def ratios(a, b, logs):
 def interval(differences):
     """(mean, half-width) of the interval for the mean of paired differences, whose number is one of LOOKS."""
     n = len(differences)
-    return statistics.mean(differences), LOOKS[n] * statistics.stdev(differences) / math.sqrt(n)
+    return np.mean(differences), LOOKS[n] * np.std(differences, ddof=1) / math.sqrt(n)
 
 
 def verdict(differences, a, b):
@@ -144,14 +145,18 @@ def verdict(differences, a, b):
         return f'{b} is {"better" if mean < 0 else "worse"} than {a}'
     if not any(differences):
         return f'{a} and {b} are the same'
-    enough = [look for look, t in LOOKS.items() if t * statistics.stdev(differences) <= abs(mean) * math.sqrt(look)]
+    enough = [look for look, t in LOOKS.items() if t * np.std(differences, ddof=1) <= abs(mean) * math.sqrt(look)]
     return ('no difference shown; '
             + (f'one of this size would take about {enough[0]} seeds' if enough else
                f'one of this size would take more than {max(LOOKS)} seeds'))
 
 
-def compare(texts, common):
-    """Train and compare two configurations, and print what was found; returns the paired differences of their losses.
+def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
+    """Train and compare two configurations, and print the result; returns the paired differences b - a of their
+    validation losses.
+
+    `texts` are the two sides as on the command line, `common` is a list of --name=value for both. Raises UserError for
+    a mistake in a setting, and for a run that fails, diverges, or was made with other settings.
     """
     sides = [side(text, common) for text in texts]
     (a, *_), (b, *_) = sides
@@ -161,17 +166,19 @@ def compare(texts, common):
     pool = ThreadPoolExecutor(jobs)
     try:
         for look in (look for look in LOOKS if look <= seeds):
-            pairs = {}
-            for seed in range(len(differences) + 1, look + 1):
-                for name, arguments, config in sides:
-                    folders[name].append(Path(out_dir, f'{name}-seed{seed}'))
-                    pairs.setdefault(seed, []).append(pool.submit(train, folders[name][-1], arguments, config, seed))
+            runs = {seed: [(Path(out_dir, f'{name}-seed{seed}'), arguments, config, seed)
+                           for name, arguments, config in sides] for seed in range(len(differences) + 1, look + 1)}
+            for folder, _, config, _ in itertools.chain(*runs.values()):
+                finished(folder, config)  # raises before anything is run
+            pairs = {seed: [pool.submit(train, *run, jobs) for run in pair] for seed, pair in runs.items()}
             for seed, pair in pairs.items():
-                for name, run in zip((a, b), pair):
+                for name, run, (folder, *_) in zip((a, b), pair, runs[seed]):
+                    folders[name].append(folder)
                     logs[name].append(run.result())
                 losses = [final_loss(logs[name][-1]) for name in (a, b)]
                 differences.append(losses[1] - losses[0])
-                print(f'seed {seed}: {a} {losses[0]:.4f}, {b} {losses[1]:.4f}, difference {differences[-1]:+.4f}', flush=True)
+                print(f'seed {seed}: {a} {losses[0]:.4f}, {b} {losses[1]:.4f}, difference {differences[-1]:+.4f}',
+                      flush=True)
             mean, half = interval(differences)
             print(f'after {look} seeds: difference {mean:+.4f}, 95% interval {mean - half:+.4f} to {mean + half:+.4f}',
                   flush=True)
@@ -203,4 +210,4 @@ if __name__ == '__main__':
     if seeds not in LOOKS:
         raise UserError(f'seeds={seeds} is not one of {", ".join(map(str, LOOKS))}, after which it may look')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    compare(texts, common)
+    compare(texts, common, seeds, jobs, out_dir)

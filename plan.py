@@ -44,7 +44,7 @@ def empty_model(config):
 
 
 def predicted_loss(n, n_non_embedding, tokens):
-    """(Chinchilla's, Kaplan's) nats per token after training n parameters on so many tokens, each for its own text
+    """(Chinchilla's, Kaplan's) nats per token after training n parameters on `tokens` tokens, each for its own text
     and tokens of about four characters.
 
     Hoffmann et al. 2022 (arXiv:2203.15556), equation 10; Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5.
@@ -101,7 +101,7 @@ def memory(model, config, gpus):
 
 
 def remedy(model, config, gpus, room):
-    """The settings, '' for none, with which the run fits into so many bytes a device; None if nothing helps."""
+    """The settings, '' for none, with which the run fits into `room` bytes a device; None if nothing helps."""
     changes = {}
 
     def fits():
@@ -142,7 +142,7 @@ def report(config):
     parts = memory(model, config, gpus)
     layout = config['parallel'] + (f', {config["replicas"]} replicas' if config['replicas'] > 1 else '')
     lines = [
-        f'parameters            {n:,}, of which {non_embedding:,} in the blocks',
+        f'parameters            {n:,}, {non_embedding:,} of them in the blocks',
         f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
@@ -164,7 +164,7 @@ def report(config):
 
 
 def optima(budget, fit):
-    """The compute-optimal parameters and tokens for so many FLOPs, as text, by the published fits and your own."""
+    """The compute-optimal parameters and tokens for `budget` FLOPs, as text, by the published fits and your own."""
     rows, notes = dict(laws.OPTIMA), []
     if fit:
         law, (low, high) = laws.read(fit)

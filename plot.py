@@ -7,9 +7,7 @@ One picture of any number of runs, from their log.jsonl. Needs matplotlib.
 Training loss, gradient norm and tokens/s are running means over the shadow of every logged step; a cross marks a
 skipped step. OpenAI's GPT-2 (124M) is a dashed line where the runs' data make it comparable.
 """
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +108,8 @@ def curves(folders, *paths, x='tokens', labels=None):
     unit, scale = next(((f'{x} ({unit})', scale or 1) for unit, scale in UNITS[x].items() if extent >= 2 * scale), (x, 1))
 
     labels = labels or short_names(folders)
-    kinds, references = list(dict.fromkeys(labels)), comparable(logs)
+    kinds = list(dict.fromkeys(labels))
+    references = {name: value for name, value in comparable(logs).items() if any(name in run for run, _ in runs)}
     columns = 105 // (max(map(len, kinds)) + 7) or 1  # of the legend
     height = 7.5 + 0.2 * -(-(len(kinds) + bool(references)) // columns)  # inches
     figure = Figure(figsize=(8, height))
@@ -168,17 +167,8 @@ def draw(axes, run, scale, **style):
                             alpha=0.25, linewidth=0.6)
             values = smooth(values)
         line, = axes[name].plot(where / scale, values, linewidth=1.4, markersize=4,
-                                **style | {'marker': style['marker'] if len(values) <= 30 else ''})
+                                **style | {'marker': style['marker'] if len(values) <= 12 else ''})
     return line
-
-
-def redraw(out_dir):
-    """For train.py: out_dir/curves.png, if matplotlib is installed; whatever goes wrong, the run continues."""
-    if importlib.util.find_spec('matplotlib'):
-        try:
-            curves([out_dir], Path(out_dir, 'curves.png'))
-        except Exception as error:
-            print(f'{out_dir}/curves.png could not be drawn: {error}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

@@ -41,27 +41,29 @@ def starts(out_dir):
     for entry, end in zip(found, ends):
         config, position = entry['config'], entry['data']
         loader = Loader(config['dataset'], 'train', 1, config['block_size'], seed=config['seed'], shuffle=config['shuffle'])
-        if {name: {**state, 'drawn': 0} for name, state in position.items()} != loader.state_dict():
+        now = loader.state_dict()
+        if position.keys() != now.keys() or any(position[name].get(key) != now[name][key] for name in now
+                                                for key in ('n_blocks', 'block_size', 'seed', 'shuffle')):
             raise UserError(f'{config["dataset"]} is not the dataset that {out_dir} read: it has '
                             f'{loader.n_blocks} blocks, and had {[state["n_blocks"] for state in position.values()]}')
-        loader.drawn = [position[name]['drawn'] for name in loader.names]
+        loader.load_state_dict(position)
         yield loader, entry['step'] + 1, end, entry['tokens_per_step'] // config['block_size']
 
 
 def draw(loader, count):
-    """The next `count` blocks of a Loader's order, and its position moves behind them: (dataset, block), (count,)
-    int64 each."""
-    dataset, block = loader.choose(sum(loader.drawn), count), np.empty(count, np.int64)
+    """The next `count` blocks of a Loader's order, and its position moves past them: (dataset, start), (count,)
+    int64 each, where `start` is the block's first token in the dataset's stream."""
+    dataset, start = loader.choose(sum(loader.drawn), count), np.empty(count, np.int64)
     for k, drawn in enumerate(loader.drawn):
         mine = np.flatnonzero(dataset == k)
-        block[mine] = loader.block_numbers(k, drawn + np.arange(len(mine)))
+        start[mine] = loader.block_starts(k, drawn + np.arange(len(mine)))
         loader.drawn[k] += len(mine)
-    return dataset, block
+    return dataset, start
 
 
 def steps_read(out_dir):
-    """Yield (Loader, step, dataset, block) for the steps of a run, CHUNK blocks at a time: `step`, `dataset` and
-    `block` are (n,) int64, for each block the step that read it, which of the Loader's datasets, and its number."""
+    """Yield (Loader, step, dataset, start) for the steps of a run, CHUNK blocks at a time: `step`, `dataset` and
+    `start` are (n,) int64, for each block the step that read it, which of the Loader's datasets, and its first token."""
     for loader, first, last, blocks in starts(out_dir):
         for step in range(first, last + 1, max(1, CHUNK // blocks)):
             steps = np.arange(step, min(step + max(1, CHUNK // blocks), last + 1)).repeat(blocks)
@@ -78,17 +80,17 @@ def quote(text):
     return repr(text if not characters or len(text) <= characters else text[:characters] + '…')
 
 
-def show(loader, datasets, blocks):
-    """Print the documents in some blocks of a Loader's datasets."""
+def show(loader, datasets, starts):
+    """Print the documents in the blocks that start there in a Loader's datasets."""
     T, decode = loader.block_size, get_tokenizer(loader.tokenizer).decode
-    for k, block in zip(datasets, blocks):
+    for k, start in zip(datasets, starts):
         split = loader.splits[k]
-        ids = split.read(block[None] * T, T + 1)[0]
+        ids = split.read(start[None], T + 1)[0]
         cuts = sorted({0, *np.flatnonzero(ids[:T] == loader.eot).tolist()})  # a document begins with this id
         for begin, end in zip(cuts, [*cuts[1:], T]):
             text = decode(ids[begin:end][ids[begin:end] != loader.eot])
             before, after = '' if ids[begin] == loader.eot else '…', '' if ids[end] == loader.eot else '…'
-            print(place(split, block * T + begin), quote(before + text + after))
+            print(place(split, (start + begin) % split.n_tokens), quote(before + text + after))
 
 
 def occurrences(split, text):
@@ -109,17 +111,18 @@ def occurrences(split, text):
 def search(out_dir, text):
     """Yield (Split, position in its stream, the steps that read the text there or a part of it), of each occurrence."""
     found = {}  # {folder: (Split, {(first, last): steps})}
-    for loader, step, dataset, block in steps_read(out_dir):
+    for loader, step, dataset, start in steps_read(out_dir):
         for k, split in enumerate(loader.splits):
             if split.folder not in found:
                 found[split.folder] = split, {span: [] for span in occurrences(split, text)}
-            inside = {}  # {block: the steps of what occurs in it}
+            begin, by = start[dataset == k], step[dataset == k]
+            beyond = begin + loader.block_size > split.n_tokens  # a block that continues with the first tokens
+            begin, by = np.append(begin, begin[beyond] - split.n_tokens), np.append(by, by[beyond])
+            order = np.argsort(begin)
+            begin, by = begin[order], by[order]
             for (first, last), steps in found[split.folder][1].items():
-                for number in range(first // loader.block_size, last // loader.block_size + 1):
-                    inside.setdefault(number, []).append(steps)
-            for i in np.flatnonzero((dataset == k) & np.isin(block, [*inside])):
-                for steps in inside[block[i]]:
-                    steps.append(int(step[i]))
+                a, b = np.searchsorted(begin, [first - loader.block_size + 1, last + 1])
+                steps += by[a:b].tolist()
     for split, spans in found.values():
         for (first, _), steps in spans.items():
             yield split, first, sorted(set(steps))
@@ -131,11 +134,11 @@ if __name__ == '__main__':
         raise UserError("replay.py needs a step or a text to find: --step=1234 or --find='some text'")
     if step:
         last = 0
-        for loader, steps, dataset, block in steps_read(out_dir):
+        for loader, steps, dataset, start in steps_read(out_dir):
             last, mine = steps[-1], steps == step
             if mine.any():
                 print(f'step {step} read {mine.sum()} blocks of {loader.block_size} tokens')
-                show(loader, dataset[mine], block[mine])
+                show(loader, dataset[mine], start[mine])
         if step > last:
             raise UserError(f'--step={step}: the run in {out_dir} has made {last} steps')
     else:

@@ -96,6 +96,7 @@ def write(jobs):
             added.append(new)
     except KeyboardInterrupt:
         if not interactive:
+            print()
             raise
     for row, (text, seed) in enumerate(jobs):
         ids = [new[row] for new in added]
@@ -150,15 +151,11 @@ options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, r
 sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has read enough
-try:
-    with autocast(dtype, device):
-        if interactive:
-            for n, text in enumerate(typed()):
-                write([(text, seed + n)])
-        else:
-            jobs = ((text, seed + n) for text in texts for n in range(num_samples))
-            while batch := list(islice(jobs, batch_size)):
-                write(batch)
-except KeyboardInterrupt:
-    print()
-    sys.exit(130)
+with autocast(dtype, device):
+    if interactive:
+        for n, text in enumerate(typed()):
+            write([(text, seed + n)])
+    else:
+        jobs = ((text, seed + n) for text in texts for n in range(num_samples))
+        while batch := list(islice(jobs, batch_size)):
+            write(batch)

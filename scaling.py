@@ -14,14 +14,13 @@ import glob
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 
-from common import laws, log
+import compare
+from common import files, laws, log
 from configurator import UserError, configure, settings_of
 
 # -----------------------------------------------------------------------------
@@ -98,24 +97,12 @@ def train_grid(settings):
             jobs.append((layers * width**2 * count, f'{out_dir}/{layers}x{width}-{count}', settings | shape | end))
     found = []
     for i, (_, folder, wanted) in enumerate(sorted(jobs, key=lambda job: job[0])):
-        if not is_finished(folder, wanted['max_iters']):
-            arguments = [f'--{name}={value}' for name, value in (wanted | {'out_dir': folder, 'init_from': 'auto'}).items()]
-            done = subprocess.run([sys.executable, TRAIN, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ['']
-                raise UserError(f'{folder}: training ended with status {done.returncode}: {lines[-1]}')
+        arguments = [f'--{name}={value}' for name, value in wanted.items() if name not in ('seed', 'out_dir', 'init_from')]
+        compare.train(Path(folder), arguments, wanted, wanted['seed'])
         run, config = read_run(folder)
-        for name in wanted.keys() - {'out_dir', 'init_from', 'device', 'eval_interval', 'lr_decay_iters'}:
-            if config.get(name, wanted[name]) != wanted[name]:
-                raise UserError(f'{folder} was trained with {name}={config[name]}, not {wanted[name]}: give another out_dir')
         print(f'{i + 1}/{len(jobs)} {describe(run)} | loss {run.loss:.4f}', flush=True)
         found.append((run, config))
     return found
-
-
-def is_finished(folder, steps):
-    path = os.path.join(folder, 'log.jsonl')
-    return os.path.exists(path) and any('val_loss' in entry and entry['step'] == steps for entry in log.read(path))
 
 
 def describe(run):
@@ -149,17 +136,18 @@ def draw(path, fitted, unseen, law, predictions):
         return torch.logspace(math.log10(min(values) / 1.3), math.log10(max(values) * 1.3), 100, dtype=torch.float64)
 
     for panel, axis, label in zip(('flops', 'n', 'd'), axes, ('compute 6ND (FLOPs)', 'parameters N', 'training tokens D')):
-        x = line([getattr(run, panel) for run in everything])
+        values = [getattr(run, panel) for run in everything]
+        x = line(values + [min(values) / 2.5] if panel == 'n' else values)  # room for the labels of its lines
         if panel == 'flops':
             axis.plot(x, law.loss(*law.optimum(x)), **frontier, label='frontier')
         else:
             axis.plot(x, law.loss(x, math.inf) if panel == 'n' else law.loss(math.inf, x), **limit,
-                      label='endless tokens, or parameters' if panel == 'n' else None)
+                      label='limit of endless D, or N' if panel == 'n' else None)
         if panel == 'n':
             for d in sorted({run.d for run in everything}):
                 axis.plot(x, law.loss(x, d), color='0.75', linewidth=0.9, zorder=1)
-                axis.annotate(short(d), (x[0], law.loss(x[0], d)), xytext=(1, 3), textcoords='offset points', fontsize=7,
-                              color='0.3')
+                axis.annotate(f'D = {short(d)}', (x[4], law.loss(x[4], d)), xytext=(0, 4), textcoords='offset points',
+                              fontsize=7, color='0.3')
         for n in counts:
             if panel != 'n':
                 d = line([run.d for run in everything])
@@ -169,10 +157,9 @@ def draw(path, fitted, unseen, law, predictions):
                       markersize=5, label=f'N = {short(n)}' if panel == 'd' else None)
         for run, (expected, low, high) in zip(unseen, predictions):
             at = getattr(run, panel)
-            axis.plot([at, at], [low, high], '-', color='#D55E00', linewidth=2.2, solid_capstyle='butt',
+            axis.plot([at, at], [low, high], '_-', color='#D55E00', linewidth=1.5, markersize=10, markeredgewidth=1.5,
                       label='90% interval of a run held out' if run is unseen[0] and panel == 'd' else None)
-            axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=6,
-                      markeredgewidth=1.5)
+            axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
         axis.set_xscale('log')
         axis.set_yscale('log')
         axis.set_xlabel(label, fontsize=9)
@@ -186,17 +173,15 @@ def draw(path, fitted, unseen, law, predictions):
     axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel('validation loss (nats per token)', fontsize=9)
     figure.legend(loc='outside upper center', ncols=4, frameon=False, fontsize=8)
-    save(path, lambda temporary: figure.savefig(temporary, dpi=200, format=Path(path).suffix[1:]))
+    save(path, lambda f: figure.savefig(f, dpi=200, format=Path(path).suffix[1:]))
 
 
 def save(path, write):
-    """Have write(temporary path) make a file, then give it its name."""
-    temporary = f'{path}.{os.getpid()}.tmp'
+    """Have write(binary file) make the file at path, whole or not at all."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        Path(temporary).unlink(missing_ok=True)
+        with files.atomic_write(path) as f:
+            write(f)
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib has no format for
         raise UserError(f'{path} cannot be written: {error}') from None
 
 
@@ -254,7 +239,7 @@ def main():
     result = {'law': {name: float(value) for name, value in asdict(law).items()}, 'intervals': intervals,
               'flops': [fitted[0].flops, fitted[-1].flops], 'runs': [asdict(run) for run in found], 'hold_out': hold_out}
     path = os.path.join(out_dir, 'scaling.json')
-    save(path, lambda temporary: Path(temporary).write_text(json.dumps(result, indent=1) + '\n'))
+    save(path, lambda f: f.write(json.dumps(result, indent=1).encode() + b'\n'))
     written = [path]
     if picture:
         written.append(os.path.join(out_dir, picture))

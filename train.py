@@ -341,7 +341,7 @@ def draw_curves():
     try:
         from plot import curves
         curves([out_dir], os.path.join(out_dir, 'curves.png'))
-    except (UserError, OSError) as error:
+    except Exception as error:  # whatever it is, the run continues
         if not os.path.exists(os.path.join(out_dir, 'curves.png')) and 'matplotlib' not in str(error):
             print0(f'no curves.png: {error}')
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.files import reason
 from data.errors import UserError
 from data.tokenizer import TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
@@ -292,9 +293,9 @@ def read_fields(family, hf, path):
         raise UserError(f'{path}: a context of {fields["block_size"]} tokens is more than {2**24}')
     if 'rope_theta' in family.fields:
         rope = read_rope(hf, path)
-        for ours in rope.keys() - family.fields.keys():
-            if rope[ours] != getattr(GPTConfig, ours):
-                raise UserError(f'{path}: {ours}={rope[ours]!r} has no counterpart in {family.kind}')
+        for ours, value in rope.items():
+            if ours not in family.fields and value != getattr(GPTConfig, ours):
+                raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')
         fields |= {ours: value for ours, value in rope.items() if ours in family.fields}
     biases = {part: typed(hf.get(setting, False), bool, f'{path}: {setting}') for part, setting in family.biases.items()}
     if family.biases:
@@ -461,7 +462,7 @@ def write_folder(folder, weights, files):
         for file, path in sorted(temporary.items(), key=lambda pair: pair[0] == 'config.json'):
             os.replace(path, folder / file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{folder} cannot be written: {getattr(error, "strerror", None) or error}') from None
+        raise UserError(f'{folder} cannot be written: {reason(error)}') from None
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

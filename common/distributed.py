@@ -226,9 +226,8 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
         model.loss = torch.compile(model.loss)
     model.exchange_once = layout == 'zero1'
     fully_shard(model, **how)
-    for name in 'hidden', 'head', 'token_losses':  # called apart from forward, they need the embeddings and the head too
-        if hasattr(model, name):
-            register_fsdp_forward_method(model, name)
+    if hasattr(model, 'hidden'):  # generation and HellaSwag call it apart from forward
+        register_fsdp_forward_method(model, 'hidden')
     return model
 
 
@@ -412,7 +411,7 @@ def map_matrices(function, x, like):
         if len(mine):
             result[:len(mine)] = function(mine)
         everything = x.new_empty(world_size * share, *x.shape[1:])
-        dist.all_gather_into_tensor(everything, result)
+        getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(everything, result)  # its name since PyTorch 2.13
         return everything[:len(x)]
     mesh, (n, rows, columns) = like.device_mesh, x.shape
     group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)

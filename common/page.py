@@ -7,14 +7,13 @@ scale for each row, or as float16; vectors in float32.
 
 import base64
 import json
-import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common import files
 from data.errors import UserError
 from data.tokenizer import merges
 
@@ -52,9 +51,13 @@ def write(path, model, tokenizer, dtype='int8'):
     before, rest = template().split('HEADER', 1)
     between, after = rest.split('WEIGHTS', 1)
     weights = base64.b64encode(b''.join(array.tobytes() for _, array in arrays)).decode()
-    page = ''.join((before, json.dumps(header).replace('<', r'\u003c'), between, weights, after))
-    replace(Path(path), page.encode())
-    return len(page.encode())
+    content = ''.join((before, json.dumps(header).replace('<', r'\u003c'), between, weights, after)).encode()
+    try:
+        with files.atomic_write(path) as f:
+            f.write(content)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}') from None
+    return len(content)
 
 
 def template():
@@ -120,20 +123,3 @@ def tables(tokenizer):
     pairs = np.array([[ranks[part] for part in pair] for pair in merges(ranks)], np.uint32)
     return {'name': tokenizer.name, 'bytes': base64.b64encode(b''.join(single)).decode(),
             'merges': base64.b64encode(pairs.tobytes()).decode(), 'split': split, 'eot': tokenizer.eot}
-
-
-def replace(path, content):
-    """Write bytes to path by way of a temporary file beside it, so that no half-written page is left."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'{path.name}.', delete=False) as f:
-            temporary = f.name
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # for a web server too
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f'{path} cannot be written: {error.strerror}') from None

@@ -38,7 +38,7 @@ BIN_HEADER, BIN_MAGIC, BIN_VERSION = 1024, 20240520, 1  # the length is in bytes
 START_OVER = 'delete the .npy and .json files there to prepare it from scratch'
 SAMPLE = 4096                                           # ids checked at three places of each shard
 OPEN_FILES = 512 if sys.platform == 'linux' else 128    # half of the usual limits: 1,024 and, on macOS, 256
-OPENED, LOCK = {}, threading.Lock()                     # {shard: (file, offset)}, for all reading threads
+OPENED, LOCK = {}, threading.Lock()                     # {shard: file}, for all reading threads
 
 
 class Meta(NamedTuple):
@@ -55,15 +55,18 @@ class Shard:
     tokens: int
     dtype: np.dtype
     fingerprint: str    # the sha256 in meta.json; without meta.json, size and modification time
+    offset: int = None  # of the first token, in bytes; known once the file was opened
 
     def open(self):
-        """(unbuffered file, offset of the first token in bytes). Raises UserError if the file is another shard."""
-        file, tokens, dtype, offset = open_shard(self.path)
+        """The file, unbuffered. The first time, raises UserError unless it is the shard described here."""
+        if self.offset is not None:
+            return open(self.path, 'rb', buffering=0)
+        file, tokens, dtype, self.offset = open_shard(self.path)
         if (tokens, dtype) != (self.tokens, self.dtype):
             file.close()
             raise damaged(self.path, f'it holds {tokens:,} ids of {dtype}, '
                                      f'and meta.json lists {self.tokens:,} of {self.dtype}')
-        return file, offset
+        return file
 
 
 class Split:
@@ -124,21 +127,21 @@ class Split:
 def read_ids(shard, position, out):
     """Fill `out`, (n,) ids, from the token `position` of a shard on."""
     view = memoryview(out).cast('B')
-    with LOCK:
-        if shard not in OPENED:
-            if len(OPENED) >= OPEN_FILES:
-                OPENED.pop(next(iter(OPENED)))[0].close()
-            OPENED[shard] = shard.open()
-        file, offset = OPENED[shard]
-        try:
-            file.seek(offset + position * shard.dtype.itemsize)
+    try:
+        with LOCK:
+            if shard not in OPENED:
+                if len(OPENED) >= OPEN_FILES:
+                    OPENED.pop(next(iter(OPENED))).close()
+                OPENED[shard] = shard.open()
+            file = OPENED[shard]
+            file.seek(shard.offset + position * shard.dtype.itemsize)
             while view:
                 n = file.readinto(view)  # 2 GB at most at a time
                 if not n:
                     raise OSError('it is shorter now')
                 view = view[n:]
-        except OSError as error:
-            raise UserError(f'{shard.path} was there at the start and cannot be read any more: {error}') from None
+    except OSError as error:
+        raise UserError(f'{shard.path} was there at the start and cannot be read any more: {error}') from None
 
 
 def find_folder(dataset):
@@ -271,7 +274,7 @@ def bin_header(file):
 
 
 def damaged(path, why):
-    return UserError(f'{path} is damaged ({why}): copy it again, or {START_OVER}')
+    return UserError(f'{path} is damaged ({" ".join(str(why).split())}): copy it again, or {START_OVER}')
 
 
 def bad_id(shard, token, meta):
@@ -287,10 +290,9 @@ def verify(dataset):
     failed = 0
     for shard in shards:
         try:
-            file, offset = shard.open()
-            with file:
+            with shard.open() as file:
                 file.seek(0)
-                digest, largest = hashlib.sha256(file.read(offset)), 0
+                digest, largest = hashlib.sha256(file.read(shard.offset)), 0
                 while chunk := file.read(2**20):
                     digest.update(chunk)
                     largest = max(largest, np.frombuffer(chunk, shard.dtype).max())

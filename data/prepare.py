@@ -269,6 +269,8 @@ def load_state(out_dir, source, settings, corpora):
     try:
         state = json.loads(path.read_text())
         complete = path.name == 'meta.json'
+        if complete and state['format'] != 1:
+            raise ValueError(f'it has format {state["format"]}')
         if not complete and not state['shards']:
             return new
         check_entries(state['shards'], *[FIRST] * (not complete))
@@ -282,7 +284,7 @@ def load_state(out_dir, source, settings, corpora):
         raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
     dtype = np.dtype(get_tokenizer(settings['tokenizer']).dtype)
     for entry in state['shards']:
-        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open()[0].close()
+        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open().close()
     return state
 
 

@@ -46,11 +46,11 @@ def bin_header(tokens, magic=20240520, version=1):
 
 
 def complaint(function, *arguments):
-    """The one line with which function ends the program."""
-    with pytest.raises(UserError) as exit:
+    """The one line of the UserError that function raises."""
+    with pytest.raises(UserError) as error:
         function(*arguments)
-    assert '\n' not in str(exit.value)
-    return str(exit.value)
+    assert '\n' not in str(error.value)
+    return str(error.value)
 
 
 def check_reads(split, expected):
@@ -94,7 +94,7 @@ def test_threads_may_read_at_once(tmp_path, monkeypatch):
             check.result()
 
 
-def test_a_dataset_made_anew_in_the_same_place_is_read_anew(tmp_path):
+def test_a_new_dataset_in_the_same_place_is_read(tmp_path):
     for seed in (0, 1):
         train = ids(2000, seed)
         for path in tmp_path.glob('*.npy'):
@@ -197,6 +197,11 @@ DAMAGE = {      # what happened to a shard or to meta.json: (how, the file that 
     'meta.json without dtype': (rewrite_meta(dtype=None), META, "'dtype'"),
     'meta.json with a dtype of its own': (rewrite_meta(dtype='tokens'), META, 'tokens'),
     'meta.json of the future': (rewrite_meta(format=2), META, 'format 2'),
+    'meta.json without shards': (rewrite_meta(shards=[]), META, 'lists no shards'),
+    'meta.json nested too deep': (lambda path: (path.parent / META).write_text('[' * 100_000), META, 'cannot be used'),
+    'a path out of the folder': (rewrite_meta(shards=[{'file': '../x.npy', 'tokens': 5, 'sha256': ''}]), META, '../x.npy'),
+    'an absolute path': (rewrite_meta(shards=[{'file': '/x/train_0.npy', 'tokens': 5, 'sha256': ''}]), META, '/x/train_0'),
+    'a header too large': (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\xff\xff" + b'(' * 70_000), SHARD, 'damaged'),
 }
 
 
@@ -264,6 +269,22 @@ def test_no_dataset(tmp_path, monkeypatch):
     assert f'run `python {tmp_path}/prepare.py`' in complaint(Split, str(tmp_path), 'train')
 
 
+def test_one_process_checks_for_all(tmp_path, monkeypatch):
+    """The others open a shard when they read it, and find then what is wrong with it."""
+    write_dataset(tmp_path, train=ids(2100))
+    opened = []
+    monkeypatch.setattr(dataset, 'open_shard', lambda path, open_shard=dataset.open_shard: [opened.append(path.name),
+                                                                                          open_shard(path)][1])
+    Split(str(tmp_path), 'train')
+    assert sorted(opened) == ['train_000000.npy', 'train_000001.npy', 'train_000002.npy']
+    opened.clear()
+    split = Split(str(tmp_path), 'train', check=False)
+    assert not opened
+    cut(tmp_path / SHARD)
+    assert (split.read(np.array([1500]), 64) == ids(2100)[1500:1564]).all() and opened == ['train_000002.npy']
+    assert f'{tmp_path / SHARD} is damaged' in complaint(split.read, np.array([800]), 64)
+
+
 def test_no_such_split(tmp_path):
     write_dataset(tmp_path / 'ours', train=ids(2000))
     assert 'ours has no val split' in complaint(Split, str(tmp_path / 'ours'), 'val')
@@ -274,11 +295,19 @@ def test_no_such_split(tmp_path):
 def test_preparation_was_interrupted(tmp_path):
     write_dataset(tmp_path, train=ids(2000))
     (tmp_path / 'meta.json').unlink()
-    assert f'the preparation of {tmp_path} was interrupted' in complaint(Split, str(tmp_path), 'train')
+    line = complaint(Split, str(tmp_path), 'train')     # a lost meta.json, or somebody's own shards
+    assert f'{tmp_path} has shards, but no meta.json' in line and 'interrupted' not in line
     for path in tmp_path.iterdir():
         path.unlink()
     (tmp_path / 'progress.json').write_text('{}')
     assert f'the preparation of {tmp_path} was interrupted' in complaint(Split, str(tmp_path), 'train')
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_dataset(tmp_path / 'text', train=ids(1000))
+    assert Split('~/text', 'train').folder == tmp_path / 'text'
+    assert 'no dataset in' in complaint(Split, '~no_such_user/text', 'train')
 
 
 def test_characters_of_nanogpt(tmp_path):
@@ -297,12 +326,30 @@ def test_a_name_means_the_folder_under_data(tmp_path, monkeypatch):
     assert Split('./text', 'train').folder == Path('text')
 
 
-def verify(folder):
-    return subprocess.run([sys.executable, '-m', 'data.dataset', str(folder)], cwd=ROOT,
-                          capture_output=True, text=True)
+@pytest.fixture
+def verify(capfd):
+    """dataset.verify in this process, with the result of a process."""
+    def run_here(folder):
+        capfd.readouterr()
+        try:
+            dataset.verify(str(folder))
+            status, line = 0, ''
+        except UserError as error:
+            status, line = error.status, f'{error}\n'
+        captured = capfd.readouterr()
+        return subprocess.CompletedProcess('verify', status, captured.out, captured.err + line)
+    return run_here
 
 
-def test_verify(tmp_path):
+def test_the_command_that_verifies(tmp_path):
+    write_dataset(tmp_path, train=ids(2000))
+    cut(tmp_path / SHARD)
+    result = subprocess.run([sys.executable, '-m', 'data.dataset', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert f'{tmp_path / SHARD} is damaged' in result.stderr.splitlines()[0]
+
+
+def test_verify(tmp_path, verify):
     write_dataset(tmp_path, train=ids(2000), val=ids(800))
     result = verify(tmp_path)
     assert (result.returncode, result.stderr) == (0, '') and 'all 5 shards are whole' in result.stdout
@@ -317,7 +364,7 @@ def test_verify(tmp_path):
     assert summary == '2 of 5 shards are damaged'
 
 
-def test_verify_reads_each_id(tmp_path):
+def test_verify_reads_each_id(tmp_path, verify):
     tokens = ids(50_000).astype(np.uint16)
     tokens[12_345] = 50257
     np.save(tmp_path / 'a_train_000001.npy', tokens)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, needs_gpt2, run
+from conftest import TINY, finish, needs_gpt2, run, start
 
 from data.tokenizer import get_tokenizer
 from evaluate import total_loss, windows
@@ -54,6 +54,29 @@ def test_bits_per_byte_are_of_the_bytes_of_the_text(tmp_path):
                                       expect=1).err
 
 
+INTERRUPT = """
+import os, signal, time
+import model as _model
+def _interrupt(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1000)
+_model.GPT.token_losses = _interrupt
+"""
+
+
+def test_ctrl_c_is_one_line(dataset, tmp_path):
+    """In evaluate.py and hellaswag.py, while the model computes. (A settings file is Python.)"""
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': 'bytes'}, tmp_path / 'ckpt.pt')
+    (tmp_path / 'interrupt.py').write_text(INTERRUPT)
+    (tmp_path / 'items.jsonl').write_text('{"ctx": "a", "label": 0, "endings": ["b", "c", "d", "e"]}\n')
+    for process in [start(script, tmp_path / 'interrupt.py', f'--out_dir={tmp_path}', '--device=cpu', option)
+                    for script, option in (('evaluate.py', f'--dataset={dataset}'),
+                                           ('hellaswag.py', f'--data={tmp_path}/items.jsonl'))]:  # side by side
+        finish(process)
+        assert (process.returncode, process.out, process.err) == (130, '', 'interrupted\n')
+
+
 def test_as_a_command(dataset, tmp_path):
     run('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--max_iters=2')
     options = (f'--out_dir={tmp_path}', f'--dataset={dataset}', '--max_tokens=1000', '--device=cpu')
@@ -64,4 +87,5 @@ def test_as_a_command(dataset, tmp_path):
     assert math.isclose(numbers['perplexity'], math.exp(numbers['loss']), rel_tol=1e-3)
     assert 5 < numbers['loss'] < 6 and 7 < numbers['bits per byte'] < 9  # hardly trained: about ln 257 = 5.55
     assert 'at most block_size' in run('evaluate.py', *options, '--stride=33', expect=1).err
+    assert 'is a mixture' in run('evaluate.py', f'--out_dir={tmp_path}', '--dataset=a:0.5,b:0.5', expect=1).err
     assert 'no dataset' in run('evaluate.py', f'--out_dir={tmp_path}', '--dataset=nowhere', expect=1).err

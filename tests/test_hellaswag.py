@@ -138,26 +138,30 @@ def test_compiled_and_in_bfloat16(items):
 
 WORKER = '''
 import sys, torch, torch.distributed as dist, hellaswag
+from pathlib import Path
 from data.tokenizer import get_tokenizer
 from test_hellaswag import evaluate, small_gpt
 dist.init_process_group('gloo')
 model, passes = small_gpt(), []
 model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
-items = hellaswag.load_items(sys.argv[1])
+hellaswag.URL, hellaswag.FILE, hellaswag.SHA256 = sys.argv[1], Path(sys.argv[2], 'items.jsonl'), sys.argv[3]
+items = hellaswag.load_items()
 result = evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
 torch.save(result | {'passes': len(passes)}, f'{sys.argv[2]}/{dist.get_rank()}.pt')
 dist.destroy_process_group()
 '''
 
 
-def test_processes_share_the_items(tmp_path, items):
-    """Two processes, an odd number of items: the same forward passes on both, and one process's losses on both."""
-    path = tmp_path / 'items.jsonl'
-    path.write_text(''.join(json.dumps(item) + '\n' for item in items[:21]))
+def test_processes_share_the_items(tmp_path, items, server):
+    """Two processes, an odd number of items: one downloads them, the same forward passes on both, and one process's
+    losses on both."""
+    content = ''.join(json.dumps(item) + '\n' for item in items[:21]).encode()
+    (server / 'items.jsonl').write_bytes(content)
     (tmp_path / 'worker.py').write_text(WORKER)
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                    tmp_path / 'worker.py', path, tmp_path], check=True,
+                    tmp_path / 'worker.py', hellaswag.URL, tmp_path, hashlib.sha256(content).hexdigest()], check=True,
                    env=environment(PYTHONPATH=f'{ROOT}:{ROOT}/tests'))
+    assert requests == ['/items.jsonl']
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['passes'] == second['passes']
     alone = evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
@@ -183,6 +187,10 @@ def test_command(tmp_path):
                      for scores in (losses, [loss / n for loss, n in zip(losses, lengths)]))
     assert done.out == f'acc      {acc:.4f} ± 0.0000\nacc_norm {acc_norm:.4f} ± 0.0000\n'
     assert not list(tmp_path.glob('*.tmp'))
+    (tmp_path / 'full.py').write_text('import resource as _r\n_r.setrlimit(_r.RLIMIT_FSIZE, (10, 10))')  # a full disk
+    full = run('hellaswag.py', tmp_path / 'full.py', f'--out_dir={tmp_path}', f'--data={tmp_path}/items.jsonl',
+               '--device=cpu', f'--out={tmp_path}/more.jsonl', expect=1)
+    assert full.out == done.out and full.err == f'out={tmp_path}/more.jsonl could not be written: File too large\n'
 
 
 @pytest.mark.parametrize('line, words', [
@@ -225,18 +233,23 @@ def test_labels_may_be_strings(tmp_path):
     assert hellaswag.load_items(tmp_path / 'items.jsonl') == [ITEM]
 
 
+requests = []  # paths that the server was asked for
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serve tmp_path/site, from which hellaswag then fetches its file into tmp_path/data."""
     site = tmp_path / 'site'
     site.mkdir()
 
+    requests.clear()
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=site)
 
         def log_message(self, *args):
-            pass
+            requests.append(self.path)
 
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
         threading.Thread(target=server.serve_forever).start()

@@ -1,6 +1,9 @@
 """The order of training: each block once an epoch, the same for any number of processes, exact after a resume."""
 import collections
 import io
+import itertools
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import Loader, permute, stream_keys
+from data.loader import Loader, permute, permute_by_sorting, stream_keys
 from test_dataset import bin_header, complaint, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +44,10 @@ def draw(loader, n_batches):
         x, y = loader.next_batch()
         assert x.shape == y.shape == (loader.batch_size, T) and x.dtype == y.dtype == torch.int64
         assert x.is_contiguous() and y.is_contiguous()
-        assert (x == x[:, :1] + torch.arange(T)).all() and (y == x + 1).all()
+        next_ids = y == x + 1
+        if loader.orders[0]['move_blocks']:
+            next_ids |= y % 10_000 == 0     # past the end follows the beginning
+        assert next_ids.all() and (x[:, 1:] == y[:, :-1]).all()
         blocks += x[:, 0].tolist()
     return blocks
 
@@ -68,12 +74,81 @@ def saved(loader):
 
 
 def test_an_epoch_is_every_block_once(counting):
-    order = draw(Loader(counting, 'train', 1, T), 3 * N)
+    order = draw(Loader(counting, 'train', 1, T, move_blocks=False), 3 * N)
     epochs = [order[e * N:(e + 1) * N] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == [T * block for block in range(N)]
         assert epoch != sorted(epoch)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_later_epochs_cut_the_text_elsewhere(counting):
+    """Each epoch has every token once, but for the few that don't fill a block, and these change."""
+    loader, n_tokens = Loader(counting, 'train', 1, T), N * T + 1 + 5
+    order = draw(loader, 6 * N)
+    epochs = [order[e * N:(e + 1) * N] for e in range(6)]
+    assert sorted(epochs[0]) == [T * block for block in range(N)]
+    offsets = [{start % T for start in epoch if start >= T} for epoch in epochs[1:]]
+    assert len({frozenset(each) for each in offsets}) > 1
+    for epoch in epochs:
+        tokens = {(start + i) % n_tokens for start in epoch for i in range(T)}
+        assert len(tokens) == N * T
+    whole = Loader(counting, 'train', 1, T, move_blocks=False)
+    assert draw(whole, N) == epochs[0]
+
+
+@pytest.mark.parametrize('blocks', [20, N])
+def test_an_older_checkpoint_continues_in_its_order(tmp_path, blocks):
+    dataset = write_dataset(tmp_path, vocab_size=2**20, dtype='uint32', train=np.arange(blocks * T + 1))
+    loader = Loader(dataset, 'train', 1, T)
+    loader.load_state_dict({tmp_path.name: {'drawn': 5, 'n_blocks': blocks, 'seed': 1337, 'shuffle': True, 'block_size': T}})
+    expected = [T * block for epoch in range(3) for block in permute(np.arange(blocks), blocks, stream_keys(1337, epoch))]
+    assert draw(loader, 2 * blocks) == expected[5:][:2 * blocks]
+    again = Loader(dataset, 'train', 1, T)
+    again.load_state_dict(saved(loader))
+    assert draw(again, 5) == expected[5 + 2 * blocks:][:5]
+
+
+def test_datasets_of_one_size_have_their_own_permutations(tmp_path):
+    for k, name in enumerate('ab'):
+        write_dataset(tmp_path / name, vocab_size=2**20, dtype='uint32', train=10_000 * k + np.arange(N * T + 1))
+    drawn = draw(Loader(f'{tmp_path}/a:0.5,{tmp_path}/b:0.5', 'train', 10, T), 30)
+    a, b = ([block % 10_000 for block in drawn if block // 10_000 == k][:N] for k in range(2))
+    assert sorted(a) == sorted(b) == [T * block for block in range(N)]
+    assert sum(x == y for x, y in zip(a, b)) < 10
+
+
+def test_shards_that_changed_since_the_checkpoint_are_named(tmp_path, capsys):
+    def write(seed):
+        ids = np.random.default_rng(seed).integers(257, size=2000)
+        write_dataset(tmp_path / 'ours', vocab_size=257, tokenizer='bytes', train=ids)
+        (tmp_path / 'theirs').mkdir(exist_ok=True)
+        np.save(tmp_path / 'theirs/a_train_000001.npy', ids.astype(np.uint16))
+        os.utime(tmp_path / 'theirs/a_train_000001.npy', (seed, seed))
+    for name, shard in ('ours', 'train_000000.npy, train_000001.npy, train_000002.npy'), ('theirs', 'a_train_000001.npy'):
+        write(1)
+        loader = Loader(str(tmp_path / name), 'train', 4, T)
+        draw_unchecked = [loader.next_batch() for _ in range(3)]
+        state = saved(loader)
+        write(1)
+        Loader(str(tmp_path / name), 'train', 4, T).load_state_dict(state)
+        assert capsys.readouterr().out == ''
+        write(2)
+        again = Loader(str(tmp_path / name), 'train', 4, T)
+        again.load_state_dict(state)
+        assert capsys.readouterr().out.startswith(f'{tmp_path / name}: {shard} changed since the checkpoint')
+        assert saved(again)[name]['drawn'] == 4 * len(draw_unchecked)
+        Loader(str(tmp_path / name), 'train', 4, T, rank=1, world_size=2).load_state_dict(state)
+        assert capsys.readouterr().out == ''
+
+
+def test_a_damaged_position_is_one_line(counting):
+    loader = Loader(counting, 'train', 4, T)
+    state = loader.state_dict()
+    for changes in {'drawn': -1}, {'drawn': '7'}, {'drawn': 1.0}, {'stream': -1}, {'seed': None}, {'shards': [1]}:
+        assert 'is damaged' in complaint(loader.load_state_dict, {'counting': state['counting'] | changes})
+    for other in [], 7, {}, 'text':
+        assert 'is damaged' in complaint(loader.load_state_dict, {'counting': other})
 
 
 def test_the_seed_makes_the_order(counting):
@@ -118,7 +193,7 @@ def test_a_state_may_be_loaded_at_any_time(counting):
     assert draw(loader, 10) == then
 
 
-def test_another_order_begins_anew_and_says_so(counting, capsys):
+def test_another_order_starts_from_the_beginning_and_says_so(counting, capsys):
     loader = Loader(counting, 'train', 4, T)
     draw(loader, 3)
     other = Loader(counting, 'train', 4, T, seed=7)
@@ -140,7 +215,7 @@ def test_a_dataset_may_join_a_mixture(mixture):
     assert not set(new) & set(drawn)
 
 
-def test_this_order_is_for_ever(mixture):
+def test_this_order_never_changes(mixture):
     """Positions in checkpoints mean something only as long as this order stays."""
     assert Loader(mixture, 'train', 4, T).choose(100, 12).tolist() == [0, 0, 1, 2, 0, 0, 0, 0, 2, 2, 2, 0]
     assert permute(np.arange(12), 12, stream_keys(1337, 0)).tolist() == [7, 9, 6, 10, 8, 11, 4, 1, 5, 3, 2, 0]
@@ -152,9 +227,32 @@ def test_every_order_is_as_likely():
     assert len(orders) == 6 and all(400 < count < 600 for count in orders.values())
 
 
+@pytest.mark.parametrize('n, draws', [(2, 500), (3, 1000), (4, 2000)])
+def test_every_order_of_few_blocks_is_as_likely(n, draws):
+    """Pearson's chi-square over the n! orders: mean n! - 1, deviation sqrt(2 (n! - 1))."""
+    orders = collections.Counter(tuple(permute_by_sorting(np.arange(n), n, stream_keys(5, epoch))) for epoch in range(draws))
+    freedom = math.factorial(n) - 1
+    expected = draws / (freedom + 1)
+    chi_square = sum((orders[order] - expected) ** 2 / expected for order in itertools.permutations(range(n)))
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize('n', [9, 25, 49])
+def test_few_blocks_have_odd_orders_too(n, tmp_path):
+    """On a square grid, shifts of an odd length reach the even permutations alone."""
+    loader = Loader(write_dataset(tmp_path, train=np.zeros(n * T + 1)), 'train', 1, T, move_blocks=False)
+    odd = sum(parity((loader.starts(0, epoch, np.arange(n)) // T).tolist()) for epoch in range(400))
+    assert 140 < odd < 260      # a deviation is 10
+
+
+def parity(order):
+    return sum(a > b for i, a in enumerate(order) for b in order[i + 1:]) % 2
+
+
 @pytest.mark.parametrize('n', [1, 2, 3, 17, 10_000])
 def test_permutations_of_any_size(n):
     for epoch in range(3):
+        assert sorted(permute_by_sorting(np.arange(n), n, stream_keys(0, epoch))) == list(range(n))
         assert sorted(permute(np.arange(n), n, stream_keys(0, epoch))) == list(range(n))
 
 
@@ -165,13 +263,13 @@ def test_neighbours_are_far_apart():
 
 
 def test_a_mixture_has_its_shares(mixture):
-    loader = Loader(mixture, 'train', 20, T)
+    loader = Loader(mixture, 'train', 20, T, move_blocks=False)
     drawn = draw(loader, 150)       # 3,000 blocks
     by_dataset = [[block % 10_000 for block in drawn if block // 10_000 == k] for k in range(3)]
     for name, blocks, share, n in zip('abc', by_dataset, (0.7, 0.2, 0.1), (1000, 100, 15)):
         assert len(blocks) / 3000 == pytest.approx(share, abs=0.03)
         assert loader.stats()[name] == {'share': len(blocks) / 3000, 'epochs': len(blocks) / n}
-        for epoch in range(len(blocks) // n):       # each dataset runs through its own epochs
+        for epoch in range(len(blocks) // n):       # each dataset has its own epochs
             assert sorted(blocks[epoch * n:(epoch + 1) * n]) == [T * block for block in range(n)]
     assert [block // 10_000 for block in drawn] != sorted(block // 10_000 for block in drawn)
 

@@ -372,10 +372,10 @@ def test_only_its_own_files_are_removed(tmp_path):
 
 def test_without_the_keys_seen_so_far_duplicates_are_not_let_through(tmp_path):
     def texts(fail=True):
-        for i in range(2000):
-            if i == 1999 and fail:
+        for i in range(6000):
+            if i == 5999 and fail:
                 raise OSError('lost')
-            yield f'{i % 1000} ' + 'abc ' * 500
+            yield f'{i % 3000} ' + 'abc ' * 500
     with pytest.raises(UserError, match='lost'):
         engine.prepare(tmp_path, engine.corpus_of(texts), tokenizer='bytes', shard_size=500_000, dedup='exact',
                        num_proc=1)
@@ -401,7 +401,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / 'home').mkdir()
     write_jsonl(tmp_path / 'home/a.jsonl', TEXTS)
     prepare('~/out', '--data_files=~/*.jsonl')
-    (tmp_path / 'home/wiki.txt').write_text(' = A = \n text \n = B = \n text \n')
+    (tmp_path / 'home/wiki.txt').write_text(' = Title A = \n text \n = Title B = \n text \n')
     run_here('data/wikitext2/prepare.py', '--input=~/wiki.txt', '--out_dir=~/wiki', '--tokenizer=bytes')
     assert (tmp_path / 'home/out/meta.json').exists() and (tmp_path / 'home/wiki/meta.json').exists()
     assert not (tmp_path / '~').exists()
@@ -419,35 +419,42 @@ def test_progress_never_leads_out_of_the_folder(tmp_path):
 
 
 @contextlib.contextmanager
-def as_nobody():
-    """Without root's rights, and in a folder that everyone may enter."""
+def nobodys_folder():
+    """A folder that everyone may enter, unlike tmp_path."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Without root's rights."""
     euid = os.geteuid()
     try:
         if euid == 0:
             os.seteuid(65534)
-        yield folder
+        yield
     finally:
         os.seteuid(euid)
-        subprocess.run(['chmod', '-R', 'u+rwX', folder], check=True)
-        shutil.rmtree(folder)
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid'), reason='needs Unix permissions')
 def test_a_permission_error_is_not_damage():
     from data.dataset import Split
-    with as_nobody() as folder:
-        engine.prepare(folder / 'out', engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1)
+    with nobodys_folder() as folder:
+        engine.prepare(folder, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1)
         for name in 'train_000000.npy', 'meta.json':
-            (folder / 'out' / name).chmod(0)
-            for use in (lambda: Split(str(folder / 'out'), 'train'),
-                        lambda: engine.prepare(folder / 'out', engine.corpus_of(TEXTS), tokenizer='bytes')):
-                with pytest.raises(UserError) as error:
+            (folder / name).chmod(0)
+            for use in (lambda: Split(str(folder), 'train'),
+                        lambda: engine.prepare(folder, engine.corpus_of(TEXTS), tokenizer='bytes')):
+                with as_nobody(), pytest.raises(UserError) as error:
                     use()
                 assert name in str(error.value) and 'ermission denied' in str(error.value)
                 assert 'damaged' not in str(error.value) and 'delete' not in str(error.value)
-            (folder / 'out' / name).chmod(0o644)
+            (folder / name).chmod(0o644)
 
 
 # -----------------------------------------------------------------------------

@@ -52,9 +52,9 @@ def logged(out_dir, *runs):
 def replayed(out_dir):
     """{step: rows of ids}, as replay.py says."""
     read = defaultdict(list)
-    for loader, steps, datasets, blocks in replay.steps_read(out_dir):
-        for step, k, block in zip(steps.tolist(), datasets, blocks):
-            read[step].append(loader.splits[k].read(block[None] * loader.block_size, loader.block_size)[0].tolist())
+    for loader, steps, datasets, starts in replay.steps_read(out_dir):
+        for step, k, start in zip(steps.tolist(), datasets, starts):
+            read[step].append(loader.splits[k].read(start[None], loader.block_size)[0].tolist())
     return read
 
 
@@ -84,7 +84,7 @@ def test_every_step_of_every_epoch(tmp_path, monkeypatch, shuffle, chunk):
 def test_a_text_is_found_however_it_was_tokenized(tmp_path):
     """In the middle of a token, over a token's, a block's and a shard's end, and nowhere."""
     folder = documents(tmp_path, 'a', 300, 'gpt2', shard_size=501)
-    read = logged(tmp_path / 'out', (dict(dataset=folder, block_size=T), 30, 2))
+    read = logged(tmp_path / 'out', (dict(dataset=folder, block_size=T, move_blocks=False), 30, 2))
     decode = get_tokenizer('gpt2').decode
     ids = np.concatenate([np.load(path) for path in sorted(Path(folder).glob('train_*.npy'))])
     for text in '<a 17>', ' 290', 'orem ipsum d', decode(ids[499:504]), decode(ids[5 * T - 2:5 * T + 2]):
@@ -151,3 +151,14 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, accident, wo
     with pytest.raises(UserError, match=words) as error:
         call(monkeypatch, capsys, f'--out_dir={tmp_path}/out', *args.split())
     assert '\n' not in str(error.value)
+
+
+def test_a_text_is_found_where_later_epochs_cut_it(tmp_path):
+    """Each epoch reads each text once, in one step or in two that share it, wherever its blocks start."""
+    folder = documents(tmp_path, 'a', 40)
+    n = Loader(folder, 'train', 1, T).n_blocks[0]
+    logged(tmp_path / 'out', (dict(dataset=folder, block_size=T), n, 1))     # four epochs
+    for i in 5, 20, 30:
+        (_, _, steps), = replay.search(tmp_path / 'out', f'<a {i}>')
+        for epoch in range(4):
+            assert 1 <= len({step for step in steps if epoch * n < step * 4 <= (epoch + 1) * n + 3}) <= 3

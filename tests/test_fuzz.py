@@ -1,0 +1,248 @@
+"""
+Whatever is in a file: reading it works, or raises one UserError.
+
+    python tests/test_fuzz.py --cases=10000     # by hand, of each kind; --seed=N for other ones
+
+A kind of file is a row of CASES: make(folder) writes a good one and returns its path; read(path) uses the file at that
+path, however it was mutated. To add one, append a row. The mutator edits bytes, and in JSON also values.
+"""
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import prepare as engine
+from data.dataset import Split, verify
+from data.errors import UserError
+from data.files import corpus_of_files
+
+TEXTS = [f'Document {i}: né 漢 🙂\n' * 3 for i in range(8)]
+ROWS = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
+VALUES = [None, True, False, 0, 1, -1, 2**70, 0.5, float('nan'), 1e400, '', 'x', '../../x', '/etc/passwd', '~', 'a\nb', '\0',
+          [], {}, [[]], [None], {'a': {}}, 'uint32', 'train_000000.npy', 7, 'val']
+
+
+def mutated(content, chance):
+    """Bytes of a file with one to three changes."""
+    for _ in range(chance.randint(1, 3)):
+        how = chance.choice([mutated_json] * 4 + [flip, cut, repeat, insert, digits])
+        content = how(content, chance)
+    return content
+
+
+def mutated_json(content, chance):
+    """One value of the JSON object, or of one of its lines, is dropped, renamed, nested too deep or another."""
+    lines = content.split(b'\n') if content.count(b'\n') and not content.startswith(b'{\n') else [content]
+    k = chance.randrange(len(lines))
+    try:
+        root = tree = json.loads(lines[k])
+        while True:
+            key = chance.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+            if not (isinstance(tree[key], (dict, list)) and tree[key] and chance.random() < 0.8):
+                break
+            tree = tree[key]
+        value = chance.choice([*VALUES, 'deep', tree[key]])
+        if isinstance(tree, dict) and chance.random() < 0.2:
+            del tree[key]
+            key = chance.choice([key, 'file', '', 'text'])
+        tree[key] = value
+        lines[k] = json.dumps(root).encode()
+        if value == 'deep':
+            lines[k] = lines[k].replace(b'"deep"', b'[' * 20_000, 1)
+    except (ValueError, TypeError, LookupError, RecursionError):  # no JSON, or nothing in it
+        return flip(content, chance)
+    return b'\n'.join(lines)
+
+
+def flip(content, chance):
+    content = bytearray(content)
+    for _ in range(chance.randint(1, 8)):
+        if content:
+            content[int(len(content) * chance.random() ** 3)] = chance.choice([0, 10, 34, 44, 91, 123, 255, chance.randrange(256)])
+    return bytes(content)
+
+
+def cut(content, chance):
+    return content[:chance.randrange(len(content) + 1)]
+
+
+def repeat(content, chance):
+    a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+    return content[:b] + content[a:b] * chance.choice([1, 50]) + content[b:]
+
+
+def insert(content, chance):
+    at = chance.randrange(len(content) + 1)
+    return content[:at] + chance.choice([b'\xff' * 5, b'\0' * 8, b'\xef\xbb\xbf', b'[' * 5000, b'"', b'\r', b'-']) + content[at:]
+
+
+def digits(content, chance):
+    """A number of the text is another one."""
+    places = [i for i, byte in enumerate(content[:4096]) if 48 <= byte <= 57]
+    if not places:
+        return content
+    at = chance.choice(places)
+    return content[:at] + chance.choice([b'0', b'-1', b'9' * 30, b'4294967296', b'1e5', b'']) + content[at + 1:]
+
+
+# -----------------------------------------------------------------------------
+# what data/ reads
+
+def make_dataset(folder, name):
+    engine.prepare(folder, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1, shard_size=200)
+    return folder / name
+
+
+def read_dataset(path):
+    """As training, verification and another preparation do."""
+    def train():
+        Split(str(path.parent), 'train').read(np.array([0]), 10)
+    uses = [train, lambda: verify(str(path.parent)),
+            lambda: engine.prepare(path.parent, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1, shard_size=200)]
+    in_turn(uses)
+
+
+def in_turn(uses):
+    """Each of these, whether or not the one before raised a UserError."""
+    errors = []
+    for use in uses:
+        try:
+            use()
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def make_progress(folder):
+    """Half of a preparation."""
+    def texts():
+        yield from TEXTS[:6] * 20_000
+        raise OSError('lost')
+    with contextlib.suppress(UserError):
+        engine.prepare(folder, engine.corpus_of(texts), tokenizer='bytes', num_proc=1, shard_size=1_500_000)
+    return folder / 'progress.json'
+
+
+def read_progress(path):
+    def resume():
+        engine.prepare(path.parent, engine.corpus_of(TEXTS), tokenizer='bytes', num_proc=1, shard_size=1_500_000)
+    in_turn([resume, lambda: Split(str(path.parent), 'train'), lambda: engine.earlier_source(path.parent)])
+
+
+def make_bin(folder):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, 3000
+    path = folder / 'fineweb_train_000001.bin'
+    path.write_bytes(header.tobytes() + np.arange(3000, dtype=np.uint16).tobytes())
+    return path
+
+
+def make_npy(folder):
+    np.save(folder / 'a_train_000001.npy', np.arange(3000, dtype=np.uint16))
+    return folder / 'a_train_000001.npy'
+
+
+def read_foreign(path):
+    in_turn([lambda: Split(str(path.parent), 'train').read(np.array([5]), 100), lambda: verify(str(path.parent))])
+
+
+def make_file(name, content):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+    return make
+
+
+def read_texts(path):
+    """Both ways: skipping what cannot be read must not end, either."""
+    def read(skip_bad):
+        for texts, _ in corpus_of_files([str(path)], 'text', 'blank', skip_bad)(None):
+            assert all(text is None or type(text) is str for text in texts)
+    read(True)
+    read(False)
+
+
+def parquet():
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({'text': TEXTS}), file)
+    return file.getvalue()
+
+
+def read_items(path):
+    from hellaswag import load_items
+    assert all(len(item['endings']) == 4 for item in load_items(str(path)))
+
+
+CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
+ITEMS = ''.join(json.dumps({'ind': i, 'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
+
+CASES = [  # (name, make, read)
+    ('meta.json', lambda folder: make_dataset(folder, 'meta.json'), read_dataset),
+    ('shard', lambda folder: make_dataset(folder, 'train_000001.npy'), read_dataset),
+    ('progress.json', make_progress, read_progress),
+    ('npy', make_npy, read_foreign),
+    ('bin', make_bin, read_foreign),
+    ('jsonl', make_file('a.jsonl', ROWS.encode()), read_texts),
+    ('json', make_file('a.json', json.dumps([{'text': text} for text in TEXTS]).encode()), read_texts),
+    ('jsonl.gz', make_file('a.jsonl.gz', gzip.compress(ROWS.encode())), read_texts),
+    ('csv', make_file('a.csv', CSV), read_texts),
+    ('parquet', make_file('a.parquet', parquet()), read_texts),
+    ('txt', make_file('a.txt', '\n\n'.join(TEXTS).encode()), read_texts),
+    ('hellaswag', make_file('items.jsonl', ITEMS.encode()), read_items),
+]
+
+
+def fuzz(make, read, cases, seed):
+    """Read `cases` mutations of a file; an error that is not a UserError is raised, with its case in a note."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        good = Path(folder, 'good')
+        good.mkdir()
+        name = make(good).name
+        outside = sorted(os.listdir(folder))
+        for case in range(cases):
+            bad = Path(folder, 'bad')
+            shutil.copytree(good, bad)
+            content = mutated((bad / name).read_bytes(), random.Random(f'{seed} {case}'))
+            (bad / name).write_bytes(content)
+            try:
+                read(bad / name)
+            except UserError as error:
+                assert str(error).strip(), f'case {case} of seed {seed} has no message'
+            except Exception as error:
+                raise AssertionError(f'case {case} of seed {seed}: {type(error).__name__}: {error}\n{content[:500]}') from error
+            shutil.rmtree(bad)
+            assert sorted(os.listdir(folder)) == outside, f'case {case} of seed {seed} wrote outside of its folder'
+
+
+@pytest.mark.parametrize('name, make, read', CASES, ids=[case[0] for case in CASES])
+def test_each_mutation_is_read_or_refused_in_a_line(name, make, read, monkeypatch):
+    monkeypatch.setattr(os, 'fsync', lambda file: None)
+    fuzz(make, read, 85, seed=0)
+
+
+cases = 10_000  # mutations of each file
+seed = 1
+only = ''  # the names of some files, as meta.json,csv; empty: all
+
+if __name__ == '__main__':
+    from configurator import configure
+    configure(globals())
+    os.fsync = lambda file: None
+    for name, make, read in CASES:
+        if not only or name in only.split(','):
+            fuzz(make, read, cases, seed)
+            print(f'{name}: {cases:,} cases', flush=True)
