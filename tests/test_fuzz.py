@@ -30,8 +30,8 @@ from data.files import corpus_of_files
 
 TEXTS = [f'Document {i}: né 漢 🙂\n' * 3 for i in range(8)]
 ROWS = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
-VALUES = [None, True, False, 0, 1, -1, 2**70, 0.5, float('nan'), 1e400, '', 'x', '../../x', '/etc/passwd', '~', 'a\nb', '\0',
-          [], {}, [[]], [None], {'a': {}}, 'uint32', 'train_000000.npy', 7, 'val']
+VALUES = [None, True, False, 0, 1, -1, 2**70, 0.5, float('nan'), 1e400, '', 'x', '../../x', '/etc/passwd', '~', 'a\nb',
+          '\0', [], {}, [[]], [None], {'a': {}}, 'uint32', 'train_000000.npy', 7, 'val']
 
 
 def mutated(content, chance):
@@ -70,7 +70,8 @@ def flip(content, chance):
     content = bytearray(content)
     for _ in range(chance.randint(1, 8)):
         if content:
-            content[int(len(content) * chance.random() ** 3)] = chance.choice([0, 10, 34, 44, 91, 123, 255, chance.randrange(256)])
+            at = int(len(content) * chance.random() ** 3)
+            content[at] = chance.choice([0, 10, 34, 44, 91, 123, 255, chance.randrange(256)])
     return bytes(content)
 
 
@@ -85,7 +86,8 @@ def repeat(content, chance):
 
 def insert(content, chance):
     at = chance.randrange(len(content) + 1)
-    return content[:at] + chance.choice([b'\xff' * 5, b'\0' * 8, b'\xef\xbb\xbf', b'[' * 5000, b'"', b'\r', b'-']) + content[at:]
+    new = chance.choice([b'\xff' * 5, b'\0' * 8, b'\xef\xbb\xbf', b'[' * 5000, b'"', b'\r', b'-'])
+    return content[:at] + new + content[at:]
 
 
 def digits(content, chance):
@@ -187,7 +189,7 @@ def read_items(path):
 
 
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
-ITEMS = ''.join(json.dumps({'ind': i, 'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
+ITEMS = ''.join(json.dumps({'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
 
 CASES = [  # (name, make, read)
     ('meta.json', lambda folder: make_dataset(folder, 'meta.json'), read_dataset),
@@ -223,7 +225,8 @@ def fuzz(make, read, cases, seed):
             except UserError as error:
                 assert str(error).strip(), f'case {case} of seed {seed} has no message'
             except Exception as error:
-                raise AssertionError(f'case {case} of seed {seed}: {type(error).__name__}: {error}\n{content[:500]}') from error
+                what = f'{type(error).__name__}: {error}\n{content[:500]}'
+                raise AssertionError(f'case {case} of seed {seed}: {what}') from error
             shutil.rmtree(bad)
             assert sorted(os.listdir(folder)) == outside, f'case {case} of seed {seed} wrote outside of its folder'
 
