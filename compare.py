@@ -24,12 +24,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from configurator import UserError, configure, override, settings_of
+
 import numpy as np
 
 import configurator
 import plot
 from common import log
-from configurator import UserError, configure, override, settings_of
 
 # -----------------------------------------------------------------------------
 seeds = 5  # pairs of runs at most: 3, 5, 10 or 20

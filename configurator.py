@@ -11,12 +11,14 @@ Settings from files and from the command line. They are plain lowercase globals 
 Files and settings apply in order, the last wins. A file is Python that assigns settings; it sees those made so
 far, and may import, define functions, and keep helpers of its own in names that begin with an underscore.
 
-configure() also installs the hook that prints a UserError as one line.
+Importing this installs the hook that prints a UserError, Ctrl-C or a missing package as one line: commands import it
+first.
 """
 import ast
 import difflib
 import math
 import os.path
+import re
 import runpy
 import shutil
 import sys
@@ -47,8 +49,8 @@ RANGES = (
     (TINY, 1, 'wsd_decay mfu top_p'),
     (0, 1, 'min_p'),
 )
-CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'), 'optimizer': ('adamw', 'muon'),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
+CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
+           'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
 PATHS = 'out_dir', 'init_from', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input', 'data_files'
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
@@ -64,7 +66,6 @@ def configure(script, base='', positional=None):
     True or False for the string 'auto'. Raises UsageError for an unknown setting, a wrong type or a broken file, and
     UserError for a value outside its range.
     """
-    sys.excepthook = excepthook
     own = {k: script[k] for k, _ in assignments(script['__file__']) if is_setting(k, script.get(k))}
     if {'-h', '--help'} & set(sys.argv[1:]):
         sys.exit(print_help(script, own, base, '[FILE.py ...]' if positional is None else 'ARGUMENT ...'))
@@ -187,6 +188,9 @@ def excepthook(kind, error, trace):
     if not distributed or distributed.is_first_failure():
         if isinstance(error, UserError):
             print(' '.join(str(error).split()), file=sys.stderr)  # it may quote an exception of several lines
+        elif kind is ModuleNotFoundError and (package := error.name.split('.')[0]) in required_packages():
+            print(f'{package} is not installed in this Python ({sys.executable}): activate your virtual environment, '
+                  'or pip install -r requirements.txt', file=sys.stderr)
         elif kind is KeyboardInterrupt:
             print(error if error.args else 'interrupted', file=sys.stderr)
         elif line := distributed and distributed.describe(error):
@@ -196,6 +200,12 @@ def excepthook(kind, error, trace):
                 print(f'on rank {distributed.rank}:', file=sys.stderr)
             sys.__excepthook__(kind, error, trace)
     raise SystemExit(130 if kind is KeyboardInterrupt else getattr(error, 'status', 1))
+
+def required_packages():
+    with open(os.path.join(os.path.dirname(__file__), 'requirements.txt')) as f:
+        return {match[0] for line in f if (match := re.match(r'\w+', line))}
+
+sys.excepthook = excepthook
 
 def print_help(script, defaults, base, operands):
     """Print the script's docstring, then each setting under the comment lines that stand right above it."""

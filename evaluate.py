@@ -11,13 +11,14 @@ and takes long; stride = block_size cuts the text into blocks, as train.py's eva
 
 import math
 
+from configurator import UserError, configure
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
-from configurator import UserError, configure
 from data.dataset import Split
 from data.tokenizer import get_tokenizer
 

@@ -9,9 +9,9 @@ One page, to send around:   python export.py --out_dir=out --html=gpt.html
 The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py have.
 """
 
+from configurator import UserError, configure
 from common import convert, page
 from common.checkpoint import load_model
-from configurator import UserError, configure
 from data.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------

@@ -24,6 +24,8 @@ import math
 import os
 from pathlib import Path
 
+from configurator import UserError, configure
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -31,7 +33,6 @@ from tqdm import tqdm
 from common import distributed
 from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
-from configurator import UserError, configure
 from data.download import download, write
 from data.tokenizer import get_tokenizer
 

@@ -11,12 +11,13 @@ device, where tensors have shapes and no memory.
 import math
 from dataclasses import fields
 
+from configurator import UserError, configure, given
+
 import torch
 
 from common import distributed, laws
 from common.device import GPUS
 from common.optimizers import muon_memory
-from configurator import UserError, configure, given
 from data.dataset import Split
 from data.loader import parse_mixture
 from model import GPT, GPTConfig

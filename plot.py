@@ -10,10 +10,11 @@ skipped step. OpenAI's GPT-2 (124M) is a dashed line where the runs' data make i
 import os
 from pathlib import Path
 
+from configurator import UserError, configure
+
 import numpy as np
 
 from common import log
-from configurator import UserError, configure
 
 # -----------------------------------------------------------------------------
 x = 'tokens'  # the horizontal axis: 'tokens', 'steps', or 'time' spent in training steps

@@ -10,10 +10,11 @@ stands where a block begins or ends inside it.
 """
 from pathlib import Path
 
+from configurator import UserError, configure
+
 import numpy as np
 
 from common import log
-from configurator import UserError, configure
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
 

@@ -15,12 +15,13 @@ import sys
 from itertools import islice
 from json import dumps
 
+from configurator import UserError, configure
+
 import torch
 
 from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
 from common.generate import cast_linears, stream
-from configurator import UserError, configure
 from data.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------

@@ -17,11 +17,12 @@ import os
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
+from configurator import UserError, configure, settings_of
+
 import torch
 
 import compare
 from common import files, laws, log
-from configurator import UserError, configure, settings_of
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-scaling'  # the grid's runs, scaling.json and the picture go here

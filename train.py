@@ -18,13 +18,14 @@ from collections import deque
 from dataclasses import asdict, fields
 from datetime import timedelta
 
+from configurator import UserError, configure, given
+
 import torch
 
 import hellaswag
 from common import checkpoint, distributed, files, log, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
-from configurator import UserError, configure, given
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
@@ -338,8 +339,8 @@ def save(best=False):
 
 
 def claim_out_dir():
-    """Rename what an earlier run left in out_dir, or rewind this run's log, and write the entries so far. This waits for the
-    first step: a start that fails leaves out_dir as it was."""
+    """Rename what an earlier run left in out_dir, or rewind this run's log, and write the entries so far. This waits for
+    the first step: a start that fails leaves out_dir as it was."""
     global run_log
     if run_log or not saving:
         return

@@ -174,7 +174,7 @@ def shutdown():
 # how the model lies on the devices
 
 def check_layout(layout, replicas, cpu_offload, sharded_checkpoints, planned=0):
-    """Raise UserError if these settings make no layout for these processes, or for the number that a run is planned for."""
+    """Raise UserError if these settings make no layout for these processes, or for as many as are planned."""
     if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
         raise UserError(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
     if layout != 'ddp' and not planned and 'RANK' not in os.environ:
@@ -304,8 +304,8 @@ def set_optimizer_state(model, optimizers, state):
 
 
 def sharded_state(model, optimizers):
-    """As training_state, but the tensors in one dictionary, {'model.NAME' or 'optimizer.NAME.KEY': tensor}, of which
-    each process has copies of its own shards, for save_shards. Returns (tensors, param_groups)."""
+    """As training_state, but the tensors in one dictionary, {'model.NAME' or 'optimizer.NAME.KEY': tensor}, with
+    copies of each process's own shards, for save_shards. Returns (tensors, param_groups)."""
     global writers
     writers = writers or dist.new_group(backend='gloo')
     reshard(model)
@@ -398,7 +398,7 @@ def all_gather(value):
 
 
 def map_matrices(function, x, like):
-    """function of whole matrices, of which each process computes some.
+    """function of whole matrices; each process computes some of them.
 
     x: (n, rows, columns), this process's rows of n matrices that lie on the processes as the parameter `like` does.
     Returns the same rows of function's results, on x's device. Each matrix visits one process of those that share it:

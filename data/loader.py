@@ -5,7 +5,7 @@ A split is cut into blocks of `block_size` tokens. An epoch is a permutation of 
 and the epoch's number: the same for any number of processes, computed where it is needed, stored nowhere. A position
 in this endless order is one integer, the number of blocks drawn so far. From the second epoch on, the blocks start at
 another offset, so that each epoch cuts the same text elsewhere. A mixture draws each block from one of several
-datasets, each of which keeps its own order and position.
+datasets; each keeps its own order and position.
 
     loader = Loader('fineweb_edu_10B:0.7,code:0.3', 'train', batch_size=16, block_size=1024)
     x, y = loader.next_batch()

@@ -1,7 +1,9 @@
 """Settings, as a user makes them: a small script, run with files and settings on its command line."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +204,28 @@ step by step
   --compile='auto'               True, False,
 '''
     assert run('-h').stdout == done.stdout
+
+
+def commands():
+    """Every script that has settings, below the root and in data/."""
+    paths = sorted([*ROOT.glob('*.py'), *ROOT.glob('data/*/*.py')])
+    return [path for path in paths if re.search(r'^ *(config = )?configure\(globals\(\)', path.read_text(), re.M)
+            and path.name != 'configurator.py']
+
+
+def test_without_its_packages_a_command_is_one_line():
+    """As in a new terminal, where the virtual environment is not active."""
+    for path in commands():
+        done = subprocess.run([sys.executable, '-S', str(path)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == '', path
+        assert re.search('is not installed in this Python.*pip install -r requirements.txt', done.stderr), path
+        assert done.stderr.count('\n') == 1, done.stderr
+
+
+def test_commands_import_the_configurator_first():
+    """From there on Ctrl-C, while PyTorch is imported too, is one line."""
+    assert len(commands()) > 12
+    for path in commands():
+        names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                 for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert next(name for name in names if name.split('.')[0] not in sys.stdlib_module_names) == 'configurator', path

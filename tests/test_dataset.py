@@ -272,7 +272,7 @@ def test_no_dataset(tmp_path, monkeypatch):
 
 
 def test_one_process_checks_for_all(tmp_path, monkeypatch):
-    """The others open a shard when they read it, and find then what is wrong with it."""
+    """The others open a shard when they read it, and find its damage then."""
     write_dataset(tmp_path, train=ids(2100))
     opened = []
     monkeypatch.setattr(dataset, 'open_shard', lambda path, open_shard=dataset.open_shard: [opened.append(path.name),

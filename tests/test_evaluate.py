@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_one_token_at_a_time(stride):
 
 @needs_gpt2
 def test_bits_per_byte_are_of_the_bytes_of_the_text(tmp_path):
-    """Two documents of GPT-2's tokens, of which many have several bytes, and ends of texts none."""
+    """Two documents of GPT-2's tokens: many have several bytes, ends of texts none."""
     texts = ['Übermut tut selten gut, 世界. ' * 9, 'An ordinary sentence of ordinary words. ' * 9]
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     run('prepare_fineweb.py', f'--data_files={tmp_path}/a.jsonl', f'--out_dir={tmp_path}/data')

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import runpy
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from data import prepare as engine
 from data.dataset import Split, verify
 from data.errors import UserError
@@ -191,7 +193,69 @@ def read_items(path):
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
 ITEMS = ''.join(json.dumps({'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
 
+SETTINGS = {
+    'train.py': {'init_from': 'scratch', 'dataset': 'DATA', 'eval_only': True, 'n_layer': 1, 'n_head': 2,
+        'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'total_batch_size': 64, 'eval_tokens': 64, 'eval_iters': 1,
+        'max_iters': 9, 'gradient_accumulation_steps': 0, 'warmup_iters': 1, 'lr_decay_iters': 9,
+        'learning_rate': 0.001, 'min_lr': 0.0, 'lr_schedule': 'wsd', 'wsd_decay': 0.5, 'position': 'rope',
+        'rope_theta': 10000.0, 'rope_type': 'yarn', 'rope_factor': 2.0, 'norm': 'rmsnorm', 'norm_eps': 1e-05,
+        'mlp': 'swiglu', 'n_mlp': 32, 'n_kv_head': 1, 'head_size': 8, 'softcap': 15.0, 'dropout': 0.1,
+        'optimizer': 'muon', 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, 'adam_eps': 1e-08, 'grad_clip': 1.0,
+        'skip_spikes': 6.0, 'max_bad_steps': 5, 'parallel': 'ddp', 'replicas': 1, 'dist_timeout': 9, 'device': 'cpu',
+        'dtype': 'float32', 'compile': False, 'seed': 1, 'hellaswag_interval': 0, 'hellaswag_limit': 1,
+        'hellaswag_data': '', 'sample_interval': 2, 'log_to': ''},
+    'plan.py': {'gpus': 8, 'mfu': 0.4, 'gpu_hour_price': 2.0, 'budget': 0.0, 'fit': '', 'dataset': 'DATA',
+        'parallel': 'fsdp', 'replicas': 2, 'n_layer': 12, 'batch_size': 8, 'max_iters': 100, 'init_from': 'scratch'},
+    'sample.py': {'out_dir': 'DATA', 'init_from': 'resume', 'start': 'a', 'prompts': '', 'num_samples': 1,
+        'batch_size': 2, 'max_new_tokens': 5, 'temperature': 0.8, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1,
+        'repetition_penalty': 1.1, 'seed': 1, 'device': 'cpu', 'dtype': 'float32', 'compile': False},
+    'evaluate.py': {'out_dir': 'DATA', 'init_from': 'resume', 'dataset': 'DATA', 'split': 'val', 'max_tokens': 9,
+        'block_size': 8, 'stride': 4, 'batch_size': 2, 'device': 'cpu', 'dtype': 'float32'},
+    'hellaswag.py': {'out_dir': 'DATA', 'init_from': 'resume', 'data': 'DATA', 'limit': 1, 'batch_tokens': 9,
+        'device': 'cpu', 'dtype': 'float32', 'out': ''},
+    'export.py': {'out_dir': 'DATA', 'init_from': 'resume', 'folder': '', 'dtype': 'float32', 'html': '',
+        'html_dtype': 'int8'}
+}
+
+
+def make_settings(folder):
+    """A line for each script, and a dataset."""
+    make_dataset(folder / 'data', 'meta.json')
+    (folder / 'settings.jsonl').write_text('\n'.join(json.dumps({'script': k} | v) for k, v in SETTINGS.items()))
+    return folder / 'settings.jsonl'
+
+
+class Enough(Exception):
+    """The settings were accepted, and a model would be loaded, or put on its device."""
+
+
+def read_settings(path):
+    """Run each script whose line was mutated, up to its model; no setting may write anything."""
+    from common import checkpoint, distributed
+
+    def enough(*args, **kwargs):
+        raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(checkpoint, 'load_model', enough)
+        patch.setattr(checkpoint, 'pretrained', enough)
+        patch.setattr(distributed, 'wrap', enough)
+        for line in path.read_bytes().split(b'\n'):
+            try:
+                settings = json.loads(line)
+                script = settings.pop('script')
+            except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+                continue  # the mutation was not of a setting
+            if type(script) is str and script in SETTINGS and settings != SETTINGS[script]:
+                args = [f'--{k}={path.parent / "data" if v == "DATA" else v}' for k, v in settings.items()]
+                patch.setattr(sys, 'argv', [script, *args])
+                with contextlib.suppress(Enough, SystemExit):
+                    runpy.run_path(str(ROOT / script), run_name='__main__')
+
+
 CASES = [  # (name, make, read)
+    ('settings', make_settings, read_settings),
     ('meta.json', lambda folder: make_dataset(folder, 'meta.json'), read_dataset),
     ('shard', lambda folder: make_dataset(folder, 'train_000001.npy'), read_dataset),
     ('progress.json', make_progress, read_progress),

@@ -30,7 +30,7 @@ def prompts(B, T, seed=1):
 
 @torch.no_grad()
 def plainly(model, idx, n):
-    """The likeliest tokens without any cache, the whole window for each: nanoGPT's way."""
+    """The most likely tokens without any cache, the whole window for each: nanoGPT's way."""
     for _ in range(n):
         logits, _ = model(idx[:, -model.config.block_size:])
         idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)

@@ -29,7 +29,7 @@ def counting(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def mixture(tmp_path_factory):
-    """Three datasets of which one has ids from 0, one from 10,000, one from 20,000."""
+    """Three datasets: one has ids from 0, one from 10,000, one from 20,000."""
     folder = tmp_path_factory.mktemp('data')
     for k, (name, blocks) in enumerate({'a': 1000, 'b': 100, 'c': 15}.items()):
         ids = 10_000 * k + np.arange(blocks * T + 1)
@@ -214,7 +214,7 @@ def test_a_dataset_may_join_a_mixture(mixture):
     more = Loader(mixture, 'train', 10, T)
     more.load_state_dict(saved(loader))
     assert more.stats()['c']['epochs'] == 0
-    new = [block for block in draw(more, 30) if block < 10_000]     # a goes on with blocks that it hasn't drawn
+    new = [block for block in draw(more, 30) if block < 10_000]     # a continues with blocks that it hasn't drawn
     assert not set(new) & set(drawn)
 
 

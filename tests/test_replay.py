@@ -22,7 +22,7 @@ T = 32
 
 
 def documents(folder, name, count, tokenizer='bytes', shard_size=1000):
-    """A dataset of short documents, each of which names itself."""
+    """A dataset of short documents; each names itself."""
     rng, tokenizer = np.random.default_rng(count), get_tokenizer(tokenizer)
     texts = [f'<{name} {i}> ' + 'lorem ipsum dolor sit amet '[:rng.integers(1, 27)] * 2 for i in range(count)]
     ids = tokenizer.encode_documents(texts)

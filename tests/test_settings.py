@@ -1,4 +1,4 @@
-"""Each setting does what its line says: it is used, refused, or printed as not used. In this process, as conftest's inside does."""
+"""Each setting does what its line says: it is used, refused, or printed as not used."""
 
 import re
 
@@ -32,8 +32,8 @@ def val_losses(tmp_path):
 
 def test_the_validation_set_does_not_depend_on_the_micro_batch(train, dataset):
     """Of 20 blocks, batches of 16 and of 64 score the same, and 20 is a multiple of neither."""
-    losses = [re.search(r'val loss ([\d.]+)', train('--eval_only', f'--batch_size={size}', '--total_batch_size=2048'))[1]
-              for size in (16, 64)]
+    outs = [train('--eval_only', f'--batch_size={size}', '--total_batch_size=2048') for size in (16, 64)]
+    losses = [re.search(r'val loss ([\d.]+)', out)[1] for out in outs]
     assert losses[0] == losses[1]
 
 
@@ -55,9 +55,10 @@ STEP = dict(batch_size=16, block_size=128, total_batch_size=2048, gradient_accum
 @pytest.mark.parametrize('given, processes, expected, words', [
     ({}, 1, (1, 16), ''),
     ({'total_batch_size': 8192}, 2, (2, 16), ''),
-    ({'total_batch_size': 2048}, 2, (1, 8), 'batch_size=8: 2 processes divide'),  # config/quickstart.py on two processes
+    ({'total_batch_size': 2048}, 2, (1, 8), 'batch_size=8: 2 processes divide'),  # config/quickstart.py
     ({'gradient_accumulation_steps': 6}, 2, (3, 16), ''),
-    ({'gradient_accumulation_steps': 6, 'total_batch_size': 4096}, 1, (2, 16), 'replaces gradient_accumulation_steps=6'),
+    ({'gradient_accumulation_steps': 6, 'total_batch_size': 4096}, 1, (2, 16),
+     'replaces gradient_accumulation_steps=6'),
     ({'total_batch_size': 4096, 'gradient_accumulation_steps': 6}, 1, (6, 16), 'replaces total_batch_size=4096'),
     ({'batch_size': 12}, 1, (1, 12), 'total_batch_size=1536 instead of 2048')])
 def test_how_a_step_is_divided(given, processes, expected, words):
@@ -101,16 +102,18 @@ def test_train_py_alone_is_config_gpt2():
 
 def test_a_resume_lists_what_changed_and_uses_it(train, dataset, tmp_path):
     train()
-    out = train('--init_from=resume', '--max_iters=4', '--weight_decay=0.3', '--beta2=0.5', '--adam_eps=1e-6', '--dropout=0.5')
+    out = train('--init_from=resume', '--max_iters=4', '--weight_decay=0.3', '--beta2=0.5', '--adam_eps=1e-6',
+                '--dropout=0.5')
     line, = (line for line in out.splitlines() if line.startswith('changed since'))
-    for change in 'max_iters=4 (was 3)', 'weight_decay=0.3 (was 0.1)', 'beta2=0.5 (was 0.95)', 'adam_eps=1e-06 (was 1e-08)':
+    for change in ('max_iters=4 (was 3)', 'weight_decay=0.3 (was 0.1)', 'beta2=0.5 (was 0.95)',
+                   'adam_eps=1e-06 (was 1e-08)'):
         assert change in line
     import torch
     groups = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0.3, 0.0}
     assert {(group['betas'], group['eps']) for group in groups} == {((0.9, 0.5), 1e-6)}
-    for refused, words in ('--n_layer=2', 'n_layer=1'), ('--max_iters=2', 'reached step 4'), ('--optimizer=muon', 'adamw'), \
-            ('--bias=False', 'bias=True'):
+    for refused, words in (('--n_layer=2', 'n_layer=1'), ('--max_iters=2', 'reached step 4'),
+                           ('--optimizer=muon', 'adamw'), ('--bias=False', 'bias=True')):
         with pytest.raises(UserError, match=words):
             train('--init_from=resume', '--max_iters=4', refused)
 
@@ -118,8 +121,8 @@ def test_a_resume_lists_what_changed_and_uses_it(train, dataset, tmp_path):
 def test_a_model_setting_that_weights_contradict_is_refused(train, tmp_path):
     train('--max_iters=1')
     (tmp_path / 'out' / 'ckpt.pt').rename(tmp_path / 'weights.pt')
-    for setting, words in ('--n_layer=2', 'n_layer=1'), ('--bias=False', 'bias=True'), ('--tie_embeddings=False', 'tie_embeddings=True'), \
-            ('--norm_eps=1e-3', 'norm_eps=1e-05'):
+    for setting, words in (('--n_layer=2', 'n_layer=1'), ('--bias=False', 'bias=True'),
+                           ('--norm_eps=1e-3', 'norm_eps=1e-05'), ('--tie_embeddings=False', 'tie_embeddings=True')):
         with pytest.raises(UserError, match=words):
             train(f'--init_from={tmp_path}/weights.pt', setting)
     train(f'--init_from={tmp_path}/weights.pt', '--bias=True', '--n_kv_head=0', '--n_mlp=64', '--max_iters=1')
@@ -138,9 +141,11 @@ def test_what_is_not_used_is_printed(train, args, line):
 @pytest.mark.parametrize('args, words', [
     (['--min_lr=1.0'], 'min_lr=1.0 must be at most learning_rate=0.001'),
     (['--profile'], 'profile'),
-    (['--device=meta'], '--device=cpu'), (['--seed=18446744073709551616'], 'seed='), (['--max_iters=4294967296'], 'max_iters='),
+    (['--device=meta'], '--device=cpu'), (['--seed=18446744073709551616'], 'seed='),
+    (['--max_iters=4294967296'], 'max_iters='),
     (['--batch_size=1000000000000'], 'batch_size='), (['--n_mlp=-5'], 'n_mlp=-5'), (['--n_kv_head=-1'], 'n_kv_head=-1'),
-    (['--softcap=nan'], 'softcap=nan'), (['--lr_decay_iters=-1'], 'lr_decay_iters=-1'), (['--hellaswag_limit=-1'], 'hellaswag_limit=-1')])
+    (['--softcap=nan'], 'softcap=nan'), (['--lr_decay_iters=-1'], 'lr_decay_iters=-1'),
+    (['--hellaswag_limit=-1'], 'hellaswag_limit=-1')])
 def test_what_makes_no_run_is_refused(train, tmp_path, args, words):
     with pytest.raises(UserError, match=words):
         train(*args)
@@ -200,8 +205,8 @@ def files_in(folder):
 def test_a_start_that_fails_leaves_the_run_before_in_its_place(train, tmp_path, monkeypatch, accident):
     train('--max_iters=1')
     before = files_in(tmp_path / 'out')
-    args = {'hellaswag': ['--hellaswag_interval=1', f'--hellaswag_data={tmp_path}/nothing'], 'tracker': ['--log_to=wandb',
-            '--wandb_project=a/b'], 'mlflow': ['--log_to=mlflow']}.get(accident, [])
+    args = {'hellaswag': ['--hellaswag_interval=1', f'--hellaswag_data={tmp_path}/nothing'],
+            'tracker': ['--log_to=wandb', '--wandb_project=a/b'], 'mlflow': ['--log_to=mlflow']}.get(accident, [])
     if accident == 'first step':
         import torch
         def too_large(*args, **kwargs):
