@@ -86,7 +86,7 @@ def step_line(entry, max_iters, left, note=''):
              'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
     parts |= {'note': note} if note else {}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    for name in 'mfu', 'ms', 'lr', 'norm', '':
+    for name in 'mfu', 'ms', 'lr', 'norm', 'rate', '':
         if len(line := ' | '.join(parts.values())) < width:
             break
         parts.pop(name, None)

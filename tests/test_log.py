@@ -198,3 +198,15 @@ def test_a_service_that_fails_ends_nothing(tmp_path, capfd):
     run_log.close()
     assert capfd.readouterr().err == 'Down could not be reached (no answer); training continues\n'
     assert len(read(tmp_path / 'log.jsonl')) == 2
+
+
+@pytest.mark.parametrize('width, shown', [(200, 'mfu'), (80, 'tokens/s'), (60, 'left')])
+def test_a_steps_line_fits_the_terminal_and_says_less_when_it_must(monkeypatch, width, shown):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    monkeypatch.setenv('COLUMNS', str(width))
+    entry = {'step': 12345, 'loss': 3.14159, 'lr': 6e-4, 'grad_norm': 1.5, 'ms': 12345.0,
+             'tokens_per_s': 1_234_567.0, 'mfu': 0.4}
+    line = log.step_line(entry, 19073, '1 day, 3:45:10')
+    assert len(line) < width and shown in line and line.startswith('step 12345/19073 | loss 3.1416')
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: False)
+    assert 'mfu' in log.step_line(entry, 19073, '3:45:10')  # a file has all of it

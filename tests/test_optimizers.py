@@ -155,3 +155,16 @@ def test_averaged_weights_take_the_place_of_the_weights_and_give_it_back():
     other = WeightAverage(model, 0.75)
     other.load_state(saved)
     assert all(torch.equal(saved[name], x) for name, x in other.weights.items())
+
+
+def test_the_settings_of_adamw_reach_it():
+    optimizer, = configure_optimizers(GPT(GPTConfig(**TINY)), 'adamw', 1e-3, 0.1, (0.8, 0.9), eps=1e-6)
+    assert all(group['eps'] == 1e-6 and group['betas'] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize('loss, norm, spike', [(2.0, 1.0, False), (9.0, 1.0, True), (2.0, 9.0, True),
+                                              (float('nan'), 1.0, True)])
+def test_a_spike_of_the_loss_alone_is_one_too(loss, norm, spike):
+    past = [2.0 + 0.01 * (i % 5) for i in range(100)]
+    rule = SkipRule(6.0, 'cpu', {'losses': past, 'norms': [x - 1 for x in past]})
+    assert bool(rule(torch.tensor(loss), torch.tensor(norm))) == spike
