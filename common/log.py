@@ -124,6 +124,8 @@ def archive_previous_run(out_dir, after=None):
     earlier = sorted([*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')])
     stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
     earlier = [path for path in earlier if path not in stay]
+    if after is None and any('ckpt' in path.name for path in earlier):
+        earlier += out_dir.glob('tokenizer*.json')  # the checkpoints'
     if not earlier:
         return
     n = next(n for n in itertools.count(1) if not any(out_dir.glob(f'{n}.*')))
