@@ -356,20 +356,23 @@ def test_train_sample_evaluate_export(kind, files, tmp_path):
     run('train.py', *settings, f'--dataset={data}')
     assert tokenizer_name(str(out)) == name
     assert 'bits per byte' in run('evaluate.py', f'--out_dir={out}', f'--dataset={data}').out
-    prepare(tmp_path / 'other', corpus_of([SOME] * 2), tokenizer=str(files['bpe']), num_proc=1)
-    process = run('train.py', *settings, f'--dataset={tmp_path / "other"}', '--init_from=resume', expect=1)
-    assert 'is tokenized with tokenizer.json' in process.err and 'but the weights were trained on' in process.err
-    shutil.rmtree(data)
+    shutil.rmtree(data)  # out_dir has what is needed
     sampled = run('sample.py', f'--out_dir={out}', '--start=the', '--num_samples=1', '--max_new_tokens=20', '--json')
     line = json.loads(sampled.out)
     assert line['text'] == get_tokenizer(str(out)).decode_bytes(line['tokens']).decode(errors='ignore')
+    if kind == 'characters':
+        return
+    prepare(tmp_path / 'other', corpus_of([SOME] * 2), tokenizer=str(files['bpe']), num_proc=1)
+    process = run('train.py', *settings, f'--dataset={tmp_path / "other"}', '--init_from=resume', expect=1)
+    assert 'is tokenized with tokenizer.json' in process.err and 'but the weights were trained on' in process.err
     run('export.py', f'--out_dir={out}', f'--folder={tmp_path / "gpt"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'gpt')
     assert theirs(WORDS, add_special_tokens=False)['input_ids'] == get_tokenizer(str(out)).encode(WORDS).tolist()
     assert theirs.eos_token_id == get_tokenizer(str(out)).eot
     assert tokenizer_name(checkpoint.pretrained(str(tmp_path / 'gpt'))[1]) == name
     shutil.copy(files['bpe'] / 'tokenizer.json', out)
-    assert 'is another tokenizer' in run('sample.py', f'--out_dir={out}', expect=1).err
+    with pytest.raises(UserError, match='is another tokenizer'):
+        checkpoint.load(out / 'ckpt.pt')
 
 
 def test_an_earlier_runs_tokenizer_stays_with_its_checkpoint(files, tmp_path, capsys):
