@@ -146,9 +146,8 @@ def verdict(differences, a, b):
     if not any(differences):
         return f'{a} and {b} are the same'
     enough = [look for look, t in LOOKS.items() if t * np.std(differences, ddof=1) <= abs(mean) * math.sqrt(look)]
-    return ('no difference shown; '
-            + (f'one of this size would take about {enough[0]} seeds' if enough else
-               f'one of this size would take more than {max(LOOKS)} seeds'))
+    more = f'about {enough[0] - n}' if enough else f'more than {max(LOOKS) - n}'
+    return f'no difference shown; {more} more seeds would show one of this size'
 
 
 def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):

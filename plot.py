@@ -38,7 +38,7 @@ def series(entries, x):
     steps = sorted(train)
     size = {'steps': lambda entry: 1, 'time': lambda entry: entry['ms'] / 1e3,
             'tokens': lambda entry: round(entry['tokens_per_s'] * entry['ms'] / 1e3)}[x]
-    position = np.cumsum(np.diff([0, *steps]) * [size(train[step]) for step in steps])  # steps between two are like the later
+    position = np.cumsum(np.diff([0, *steps]) * [size(train[step]) for step in steps])  # unlogged steps: as the next
     curves = {}
     for name in PANELS:
         at = {entry['step']: entry[name] for entry in entries if name in entry}
@@ -105,7 +105,8 @@ def curves(folders, *paths, x='tokens', labels=None):
         if not run:
             raise UserError(f'{Path(folder, "log.jsonl")} has nothing to draw yet')
     extent = max(where[-1] for run, _ in runs for where, _ in run.values())
-    unit, scale = next(((f'{x} ({unit})', scale or 1) for unit, scale in UNITS[x].items() if extent >= 2 * scale), (x, 1))
+    unit, scale = next(((f'{x} ({unit})', scale or 1) for unit, scale in UNITS[x].items() if extent >= 2 * scale),
+                       (x, 1))
 
     labels = labels or short_names(folders)
     kinds = list(dict.fromkeys(labels))

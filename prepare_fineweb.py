@@ -69,7 +69,7 @@ def hub():
         except UserError:
             raise
         except Exception as error:  # the network's, mostly
-            raise UserError(f'{dataset}: {type(error).__name__}: {error}: the same command continues from here') from None
+            raise UserError(f'{dataset}: {type(error).__name__}: {error}; the same command continues') from None
 
     files = [str(file) for file in (builder.config.data_files or {}).get(split, [])]
     pinned = re.search(r'@([0-9a-f]{40})/', ' '.join(files))
@@ -99,11 +99,12 @@ def own_files():
 
 def check_settings():
     """Raises UserError for a setting that the other source of text would use, and for FineWeb-Edu's folder."""
-    for name in ('dataset', 'name', 'split', 'revision', 'streaming') if data_files else ('txt_split',):
-        if globals()[name] != defaults[name]:
-            raise UserError(f'{name} would be ignored: it is for {"a dataset on the hub" if data_files else "data_files"}, '
-                            f'and {"data_files is" if data_files else "no data_files are"} given')
-    if out_dir == defaults['out_dir'] and (data_files or (dataset, name or 'sample-10BT') != (defaults['dataset'], 'sample-10BT')):
+    for key in ('dataset', 'name', 'split', 'revision', 'streaming') if data_files else ('txt_split',):
+        if globals()[key] != defaults[key]:
+            raise UserError(f'{key} would be ignored: it is '
+                            + ('for the hub, and data_files are given' if data_files else 'for data_files'))
+    fineweb = dataset == defaults['dataset'] and name in ('', 'sample-10BT') and not data_files
+    if out_dir == defaults['out_dir'] and not fineweb:
         raise UserError(f'{out_dir} is for FineWeb-Edu: give --out_dir=data/NAME, and train with --dataset=NAME')
 
 

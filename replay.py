@@ -40,7 +40,8 @@ def starts(out_dir):
     ends = [entry['step'] for entry in found[1:]] + [max(entry['step'] for entry in entries)]
     for entry, end in zip(found, ends):
         config, position = entry['config'], entry['data']
-        loader = Loader(config['dataset'], 'train', 1, config['block_size'], seed=config['seed'], shuffle=config['shuffle'])
+        loader = Loader(config['dataset'], 'train', 1, config['block_size'], seed=config['seed'],
+                        shuffle=config['shuffle'])
         now = loader.state_dict()
         if position.keys() != now.keys() or any(position[name].get(key) != now[name][key] for name in now
                                                 for key in ('n_blocks', 'block_size', 'seed', 'shuffle')):

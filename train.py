@@ -11,7 +11,6 @@ A setting is overridden by a file of assignments or by --name=value; the last on
 import gc
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -135,12 +134,12 @@ def check_settings():
         raise UserError(f'min_lr={min_lr} must be at most learning_rate={learning_rate}')
     if profile and max_iters < 7:
         raise UserError(f'profile traces steps 5 to 7, and max_iters is {max_iters}')
-    unused = ((not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
-              (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
-              (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
-              ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False'))
-    for condition, names, reason in unused:
-        if condition and (names := [name for name in names.split() if name in given]):
+    for unused, names, reason in (
+            (not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
+            (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
+            (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
+            ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
+        if unused and (names := [name for name in names.split() if name in given]):
             print0(f'not used: {", ".join(names)} ({reason})')
     if decay_lr and 'warmup_iters' in given and warmup_iters > max_iters:
         print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters})')
@@ -337,6 +336,11 @@ def save(best=False):
     checkpoint.save(state, out_dir, best, keep_checkpoints)
 
 
+def write_log(entry):
+    if saving:
+        run_log.write(entry)
+
+
 def draw_curves():
     """out_dir/curves.png, if it can be drawn."""
     try:
@@ -345,20 +349,6 @@ def draw_curves():
     except Exception as error:  # whatever it is, the run continues
         if not os.path.exists(os.path.join(out_dir, 'curves.png')) and 'matplotlib' not in str(error):
             print0(f'no curves.png: {error}')
-
-
-def progress_line(entry, note=''):
-    """A step's line, or as much of it as the terminal is wide."""
-    left = timedelta(seconds=round((max_iters - entry['step']) * statistics.median(durations)))
-    parts = {'step': f'step {entry["step"]}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}',
-             'lr': f'lr {entry["lr"]:.2e}', 'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
-             'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    for name in 'mfu', 'ms', 'lr', 'norm', '':
-        if len(line := ' | '.join(parts.values()) + note) < width:
-            break
-        parts.pop(name, None)
-    return line
 
 
 def finish_step(step, lr, numbers, data_s):
@@ -375,7 +365,8 @@ def finish_step(step, lr, numbers, data_s):
     if 'cuda' in device:
         entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if step % log_interval == 0 or step == max_iters or skip:
-        print0(progress_line(entry, f' | skipped ({skipped} so far)' if skip else ''))
+        left = timedelta(seconds=round((max_iters - step) * statistics.median(durations)))
+        print0(log.step_line(entry, max_iters, left, f'skipped ({skipped} so far)' if skip else ''))
         write_log(entry)
     if bad_steps == max_bad_steps:
         checkpoint.wait()
@@ -396,7 +387,6 @@ peak = peak_flops(dtype, device) * distributed.world_size
 n_params = model.get_num_params()
 print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
        f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
-write_log = lambda entry: None
 if saving:  # from here on out_dir is this run's
     lock = lock or files.lock(out_dir)
     started = log.start_trackers(trackers, wandb_project, wandb_run_name, config, out_dir, step)
@@ -407,8 +397,8 @@ if saving:  # from here on out_dir is this run's
             log.archive_previous_run(out_dir, after=step)
         log.rewind(log_path, step)
     checkpoint.keep_tokenizer(tokenizer, out_dir)
-    write_log = log.Log(log_path, started).write
-    write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
+    run_log = log.Log(log_path, started)
+    run_log.write({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
                'data': train_data.state_dict()})
 
 tracer = None
@@ -447,7 +437,7 @@ while True:
             stop = True
         else:
             write_log(result)
-            if checkpoint_due and result['val_loss'] < best_val_loss:
+            if due(eval_interval) and step > 0 and not eval_only and result['val_loss'] < best_val_loss:
                 best_val_loss = result['val_loss']
                 if always_save_checkpoint:
                     checkpoint.keep_best(out_dir)

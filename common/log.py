@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,6 +77,20 @@ def finite(x):
     if isinstance(x, list):
         return [finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def step_line(entry, max_iters, left, note=''):
+    """What the terminal shows of a step: all of it, or the most important of what fits into its width."""
+    parts = {'step': f'step {entry["step"]}/{max_iters}', 'loss': f'loss {entry["loss"]:.4f}',
+             'lr': f'lr {entry["lr"]:.2e}', 'norm': f'norm {entry["grad_norm"]:.2f}', 'ms': f'{entry["ms"]:.0f} ms',
+             'rate': f'{entry["tokens_per_s"]:,.0f} tokens/s', 'mfu': f'mfu {entry["mfu"]:.1%}', 'left': f'{left} left'}
+    parts |= {'note': note} if note else {}
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    for name in 'mfu', 'ms', 'lr', 'norm', '':
+        if len(line := ' | '.join(parts.values())) < width:
+            break
+        parts.pop(name, None)
+    return line
 
 
 def read(path):

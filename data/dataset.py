@@ -206,10 +206,11 @@ def check_entries(entries, *more_names):
     if not isinstance(entries, list) or not entries:
         raise ValueError('it lists no shards')
     for entry in entries:
-        if not (isinstance(entry['file'], str) and (SHARD_NAME.fullmatch(entry['file']) or entry['file'] in more_names)):
-            raise ValueError(f'{entry["file"]!r} is not the name of a shard, such as train_000000.npy')
+        name = entry['file']
+        if not (isinstance(name, str) and (SHARD_NAME.fullmatch(name) or name in more_names)):
+            raise ValueError(f'{name!r} is not the name of a shard, such as train_000000.npy')
         if type(entry['tokens']) is not int or entry['tokens'] < 1 or not isinstance(entry['sha256'], str):
-            raise ValueError(f'{entry["file"]} needs a number of tokens and a sha256')
+            raise ValueError(f'{name} needs a number of tokens and a sha256')
 
 
 def list_shards(folder, meta, split):

@@ -56,4 +56,5 @@ def read_text(path):
     try:
         return Path(os.path.expanduser(path)).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} cannot be read: {getattr(error, "strerror", None) or "it is not UTF-8 text"}') from None
+        why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+        raise UserError(f'{path} cannot be read: {why}') from None

@@ -124,7 +124,7 @@ def read_text(file, _, txt_split):
 
 
 def decode(text, line):
-    """(line, text) of UTF-8 bytes that begin on that line; (line of the first wrong byte, Bad) if they are not UTF-8."""
+    """(line, text) of UTF-8 bytes that begin on that line; (line of the first wrong byte, Bad) for others."""
     try:
         return line, text.decode('utf-8-sig')
     except UnicodeDecodeError as error:

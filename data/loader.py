@@ -57,8 +57,8 @@ class Loader:
                 raise UserError(f'{self.splits[0].folder} has the tokenizer {first} and {data.folder} has {other}: '
                                 'a mixture needs one tokenizer')
             if data.n_tokens <= block_size:
-                raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one block '
-                                f'of block_size={block_size} and the token that follows it')
+                raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one '
+                                f'block of block_size={block_size} and the token that follows it')
         self.batch_size, self.block_size, self.rank, self.world_size = batch_size, block_size, rank, world_size
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         if self.device.type == 'cuda' and self.device.index is None:    # in a new thread, cuda means cuda:0

@@ -59,5 +59,5 @@ if __name__ == '__main__':
             if abs(mean) > half:
                 claims[look] += 1
                 break
-    print(f'{sum(claims.values())} false claims in {comparisons} comparisons of {max(claims)} pairs at most, from {runs} '
-          f'runs of standard deviation {np.std(losses):.4f}; by look: {claims}')
+    print(f'{sum(claims.values())} false claims in {comparisons} comparisons of {max(claims)} pairs at most, from '
+          f'{runs} runs of standard deviation {np.std(losses):.4f}; by look: {claims}')

@@ -32,7 +32,8 @@ def test_claims_of_a_difference_that_is_not_there_are_rare():
     assert 0.03 < len(claims) / len(noise) <= 0.05
     for n, error in zip(compare.LOOKS, (0.01, 0.025, 0.01, 0.005)):  # each look alone
         intervals = [compare.interval(differences[:n]) for differences in noise]
-        assert np.mean([abs(mean) > half for mean, half in intervals]) == pytest.approx(error, abs=3 * math.sqrt(error / 6000))
+        rate = np.mean([abs(mean) > half for mean, half in intervals])
+        assert rate == pytest.approx(error, abs=3 * math.sqrt(error / len(noise)))
 
 
 def test_a_difference_that_is_there_is_found_and_its_size_is_in_the_interval():
@@ -46,9 +47,10 @@ def test_a_difference_that_is_there_is_found_and_its_size_is_in_the_interval():
 
 def test_how_many_seeds_would_show_a_difference():
     assert compare.verdict([0.0, 0.0, 0.0], 'a', 'b') == 'a and b are the same'
-    for mean, seeds in (0.2, 'about 5 '), (0.12, 'about 10 '), (0.08, 'about 20 '), (0.01, 'more than 20 '):
+    for mean, more in (0.2, 'about 2'), (0.12, 'about 7'), (0.08, 'about 17'), (0.01, 'more than 17'):
         differences = [mean - 0.1, mean, mean + 0.1]  # of standard deviation 0.1
-        assert f'no difference shown; one of this size would take {seeds}seeds' == compare.verdict(differences, 'a', 'b')
+        verdict = compare.verdict(differences, 'a', 'b')
+        assert verdict == f'no difference shown; {more} more seeds would show one of this size'
 
 
 def log_of(losses, rate=1000.0, every=10, per_step=512):
@@ -79,8 +81,8 @@ def test_tokens_and_time_are_by_hand():
 
 def config_file(folder, dataset):
     path = folder / 'tiny.py'
-    settings = (arg.removeprefix('--').split('=') for arg in [*TINY, f'--dataset={dataset}'])
-    path.write_text(''.join(f'{name} = {value!r}\n' if not re.fullmatch(r'[\d.e-]+|False', value) else f'{name} = {value}\n'
+    settings = [arg.removeprefix('--').split('=') for arg in [*TINY, f'--dataset={dataset}']]
+    path.write_text(''.join(f'{name} = {value if re.fullmatch(r"[0-9.e-]+|False", value) else repr(value)}\n'
                             for name, value in settings))
     return path
 
@@ -105,15 +107,18 @@ def test_a_learning_rate_that_is_worse_is_found_and_a_stop_costs_no_run(dataset,
     assert len(starts) == 6
     for log in starts:
         config = next(entry['config'] for entry in log if 'config' in entry)
-        assert config['learning_rate'] == (1e-5 if 'learning_rate' in config['out_dir'] else 1e-3) and config['n_layer'] == 1
+        assert config['learning_rate'] == (1e-5 if 'learning_rate=' in config['out_dir'] else 1e-3)
+        assert config['n_layer'] == 1
         assert [entry['step'] for entry in log if 'loss' in entry] == [5, 10, 15, 20]
     assert sorted(path.name for path in out_dir.glob('*.png')) == ['tiny_vs_tiny,learning_rate=1e-5,min_lr=0.0.png']
 
 
 @pytest.mark.parametrize('args, words', [
-    ('', 'takes two configurations'), ('tiny.py', 'takes two configurations'), ('tiny.py tiny.py', 'both .* are called tiny'),
-    ('tiny.py other.py --seeds=4', 'seeds=4 is not one of 3, 5, 10, 20'), ('tiny.py other.py --seed=4', 'seed'),
-    ('tiny.py other.py --jobs=0', 'jobs=0'), ('tiny.py gone.py', 'gone.py: no such file'), ('tiny.py gpt2', 'expected a settings'),
+    ('', 'takes two configurations'), ('tiny.py', 'takes two configurations'),
+    ('tiny.py tiny.py', 'both .* are called tiny'),
+    ('tiny.py other.py --seeds=4', 'seeds=4 is not one of 3, 5, 10, 20'),
+    ('tiny.py other.py --seed=4', 'each run gets a seed'), ('tiny.py other.py --jobs=0', 'jobs=0'),
+    ('tiny.py gone.py', 'gone.py: no such file'), ('tiny.py gpt2', 'expected a settings'),
     ('tiny.py other.py --learning_rat=1', 'did you mean learning_rate'),
     ('tiny.py other.py', r'tiny-seed1 has a run with n_layer=3, not 2: choose another --out_dir'),
     ('tiny.py other.py --n_layer=3', r'tiny-seed1 has diverged: its final validation loss is nan'),

@@ -199,9 +199,11 @@ DAMAGE = {      # what happened to a shard or to meta.json: (how, the file that 
     'meta.json of the future': (rewrite_meta(format=2), META, 'format 2'),
     'meta.json without shards': (rewrite_meta(shards=[]), META, 'lists no shards'),
     'meta.json nested too deep': (lambda path: (path.parent / META).write_text('[' * 100_000), META, 'cannot be used'),
-    'a path out of the folder': (rewrite_meta(shards=[{'file': '../x.npy', 'tokens': 5, 'sha256': ''}]), META, '../x.npy'),
+    'a path out of the folder': (rewrite_meta(shards=[{'file': '../x.npy', 'tokens': 5, 'sha256': ''}]), META,
+                                 '../x.npy'),
     'an absolute path': (rewrite_meta(shards=[{'file': '/x/train_0.npy', 'tokens': 5, 'sha256': ''}]), META, '/x/train_0'),
-    'a header too large': (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00\xff\xff" + b'(' * 70_000), SHARD, 'damaged'),
+    'a header too large': (lambda path: path.write_bytes(b'\x93NUMPY\x01\x00\xff\xff' + b'(' * 70_000), SHARD,
+                           'damaged'),
 }
 
 
@@ -344,7 +346,8 @@ def verify(capfd):
 def test_the_command_that_verifies(tmp_path):
     write_dataset(tmp_path, train=ids(2000))
     cut(tmp_path / SHARD)
-    result = subprocess.run([sys.executable, '-m', 'data.dataset', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, '-m', 'data.dataset', str(tmp_path)], cwd=ROOT, capture_output=True,
+                            text=True)
     assert result.returncode == 1 and 'Traceback' not in result.stderr
     assert f'{tmp_path / SHARD} is damaged' in result.stderr.splitlines()[0]
 

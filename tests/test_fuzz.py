@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -27,11 +28,13 @@ from data import prepare as engine
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files
+from data.tokenizer import get_tokenizer
+from train_tokenizer import train
 
 TEXTS = [f'Document {i}: né 漢 🙂\n' * 3 for i in range(8)]
 ROWS = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
-VALUES = [None, True, False, 0, 1, -1, 2**70, 0.5, float('nan'), 1e400, '', 'x', '../../x', '/etc/passwd', '~', 'a\nb', '\0',
-          [], {}, [[]], [None], {'a': {}}, 'uint32', 'train_000000.npy', 7, 'val']
+VALUES = [None, True, False, 0, 1, -1, 2**70, 0.5, float('nan'), 1e400, '', 'x', '../../x', '/etc/passwd', '~', 'a\nb',
+          '\0', [], {}, [[]], [None], {'a': {}}, 'uint32', 'train_000000.npy', 7, 'val']
 
 
 def mutated(content, chance):
@@ -70,7 +73,8 @@ def flip(content, chance):
     content = bytearray(content)
     for _ in range(chance.randint(1, 8)):
         if content:
-            content[int(len(content) * chance.random() ** 3)] = chance.choice([0, 10, 34, 44, 91, 123, 255, chance.randrange(256)])
+            at = int(len(content) * chance.random() ** 3)
+            content[at] = chance.choice([0, 10, 34, 44, 91, 123, 255, chance.randrange(256)])
     return bytes(content)
 
 
@@ -85,7 +89,8 @@ def repeat(content, chance):
 
 def insert(content, chance):
     at = chance.randrange(len(content) + 1)
-    return content[:at] + chance.choice([b'\xff' * 5, b'\0' * 8, b'\xef\xbb\xbf', b'[' * 5000, b'"', b'\r', b'-']) + content[at:]
+    new = chance.choice([b'\xff' * 5, b'\0' * 8, b'\xef\xbb\xbf', b'[' * 5000, b'"', b'\r', b'-'])
+    return content[:at] + new + content[at:]
 
 
 def digits(content, chance):
@@ -186,8 +191,26 @@ def read_items(path):
     assert all(len(item['endings']) == 4 for item in load_items(str(path)))
 
 
+def make_tokenizer(kind):
+    def make(folder):
+        content = train(kind, 330, TEXTS)
+        (folder / 'tokenizer.json').write_bytes(json.dumps(json.loads(content)).encode())
+        return folder / 'tokenizer.json'
+    return make
+
+
+def read_tokenizer(path):
+    tokenizer = get_tokenizer(str(path))
+    ids = tokenizer.encode_documents([TEXTS[0], '', 'a'])
+    assert ids.dtype == tokenizer.dtype and (not len(ids) or ids.max() < tokenizer.vocab_size)
+    assert type(tokenizer.decode(ids)) is str and type(tokenizer.decode_bytes(ids)) is bytes
+
+
+CHARACTERS = ''.join(sorted(set(''.join(TEXTS)) | {'a'}))
+META = pickle.dumps({'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
+                     'stoi': {char: i for i, char in enumerate(CHARACTERS)}})
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
-ITEMS = ''.join(json.dumps({'ind': i, 'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
+ITEMS = ''.join(json.dumps({'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
 
 CASES = [  # (name, make, read)
     ('meta.json', lambda folder: make_dataset(folder, 'meta.json'), read_dataset),
@@ -202,6 +225,8 @@ CASES = [  # (name, make, read)
     ('parquet', make_file('a.parquet', parquet()), read_texts),
     ('txt', make_file('a.txt', '\n\n'.join(TEXTS).encode()), read_texts),
     ('hellaswag', make_file('items.jsonl', ITEMS.encode()), read_items),
+    *((f'tokenizer.json, {kind}', make_tokenizer(kind), read_tokenizer) for kind in ('bpe', 'wordpiece', 'unigram')),
+    ('meta.pkl', make_file('meta.pkl', META), read_tokenizer),
 ]
 
 
@@ -223,7 +248,8 @@ def fuzz(make, read, cases, seed):
             except UserError as error:
                 assert str(error).strip(), f'case {case} of seed {seed} has no message'
             except Exception as error:
-                raise AssertionError(f'case {case} of seed {seed}: {type(error).__name__}: {error}\n{content[:500]}') from error
+                what = f'{type(error).__name__}: {error}\n{content[:500]}'
+                raise AssertionError(f'case {case} of seed {seed}: {what}') from error
             shutil.rmtree(bad)
             assert sorted(os.listdir(folder)) == outside, f'case {case} of seed {seed} wrote outside of its folder'
 

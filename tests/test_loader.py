@@ -101,8 +101,10 @@ def test_later_epochs_cut_the_text_elsewhere(counting):
 def test_an_older_checkpoint_continues_in_its_order(tmp_path, blocks):
     dataset = write_dataset(tmp_path, vocab_size=2**20, dtype='uint32', train=np.arange(blocks * T + 1))
     loader = Loader(dataset, 'train', 1, T)
-    loader.load_state_dict({tmp_path.name: {'drawn': 5, 'n_blocks': blocks, 'seed': 1337, 'shuffle': True, 'block_size': T}})
-    expected = [T * block for epoch in range(3) for block in permute(np.arange(blocks), blocks, stream_keys(1337, epoch))]
+    loader.load_state_dict({tmp_path.name: {'drawn': 5, 'n_blocks': blocks, 'seed': 1337, 'shuffle': True,
+                                            'block_size': T}})
+    expected = [T * block for epoch in range(3)
+                for block in permute(np.arange(blocks), blocks, stream_keys(1337, epoch))]
     assert draw(loader, 2 * blocks) == expected[5:][:2 * blocks]
     again = Loader(dataset, 'train', 1, T)
     again.load_state_dict(saved(loader))
@@ -125,7 +127,8 @@ def test_shards_that_changed_since_the_checkpoint_are_named(tmp_path, capsys):
         (tmp_path / 'theirs').mkdir(exist_ok=True)
         np.save(tmp_path / 'theirs/a_train_000001.npy', ids.astype(np.uint16))
         os.utime(tmp_path / 'theirs/a_train_000001.npy', (seed, seed))
-    for name, shard in ('ours', 'train_000000.npy, train_000001.npy, train_000002.npy'), ('theirs', 'a_train_000001.npy'):
+    shards = {'ours': 'train_000000.npy, train_000001.npy, train_000002.npy', 'theirs': 'a_train_000001.npy'}
+    for name, shard in shards.items():
         write(1)
         loader = Loader(str(tmp_path / name), 'train', 4, T)
         draw_unchecked = [loader.next_batch() for _ in range(3)]

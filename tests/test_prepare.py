@@ -114,7 +114,8 @@ def test_validation_is_at_most_a_tenth(tmp_path):
     expected = BYTES.encode_documents(TEXTS)
     for shard_size in len(expected) - 1, len(expected) // 2, len(expected) // 7:
         out = tmp_path / str(shard_size)
-        report = prepare(out, '--data_files=' + str(write_jsonl(tmp_path / 'a.jsonl', TEXTS)), f'--shard_size={shard_size}')
+        path = write_jsonl(tmp_path / 'a.jsonl', TEXTS)
+        report = prepare(out, f'--data_files={path}', f'--shard_size={shard_size}')
         assert len(stream(out, 'val')) == -(-len(expected) // 10)
         assert (stream(out, 'val', 'train') == expected).all()
         assert '10.0%, of the same text' in report.out
@@ -479,7 +480,8 @@ def zst(path, texts):
 WRITERS = {
     'a.jsonl': write_jsonl,
     'a.json': lambda path, texts: path.write_text(json.dumps([{'text': text} for text in texts])),
-    'b.json': lambda path, texts: path.write_text(json.dumps([{'text': text} for text in texts], indent=1), 'utf-8-sig'),
+    'b.json': lambda path, texts: path.write_text(json.dumps([{'text': text} for text in texts], indent=1),
+                                                  'utf-8-sig'),
     'c.json': lambda path, texts: path.write_text('\n ' + json.dumps([{'text': text} for text in texts])),
     'a.jsonl.gz': lambda path, texts: path.write_bytes(gzip.compress(write_jsonl(path, texts).read_bytes())),
     'a.jsonl.zst': zst,

@@ -127,18 +127,21 @@ Loader.next_batch = _next_batch
     for step in 2, 5:
         out = call(monkeypatch, capsys, f'--out_dir={out_dir}', f'--step={step}', '--characters=0')
         texts = [ast.literal_eval(line.partition(' ')[2]) for line in out.splitlines()[1:]]
-        assert ''.join(text.strip('…') for text in texts) == ''.join(map(decode, truth[step])).replace('<|endoftext|>', '')
+        read = ''.join(map(decode, truth[step])).replace('<|endoftext|>', '')
+        assert ''.join(text.strip('…') for text in texts) == read
     marker = re.search(r'<[ab] \d+>', ''.join(map(decode, truth[4])))[0]
     out = call(monkeypatch, capsys, f'--out_dir={out_dir}', f'--find={marker}')
     (shard, position, steps, text), = re.findall(r"^(.*):(\d+) \(read in step ([\d, ]+)\) '(.*)'$", out, re.MULTILINE)
     assert text.startswith(marker) and '4' in steps.split(', ')
-    ids = np.concatenate([np.load(path) for path in sorted(Path(shard).parent.glob('train_*.npy')) if str(path) >= shard])
+    shards = [path for path in sorted(Path(shard).parent.glob('train_*.npy')) if str(path) >= shard]
+    ids = np.concatenate([np.load(path) for path in shards])
     assert decode(ids[int(position):]).startswith(marker)
 
 
 @pytest.mark.parametrize('args, accident, words', [
-    ('', '', 'a step or a text'), ('--step=3 --find=lorem', '', 'a step or a text'), ('--step=4', '', 'has made 3 steps'),
-    ('--step=-1', '', 'step=-1'), ('--find=nowhere', '', "has no 'nowhere'"), ('--out_dir=/no --step=1', '', 'no such log'),
+    ('', '', 'a step or a text'), ('--step=3 --find=lorem', '', 'a step or a text'),
+    ('--step=4', '', 'has made 3 steps'), ('--step=-1', '', 'step=-1'), ('--find=nowhere', '', "has no 'nowhere'"),
+    ('--out_dir=/no --step=1', '', 'no such log'),
     ('--step=1', 'changed', 'is not the dataset'), ('--step=1', 'gone', 'no dataset in'), ('--step=1', 'old', 'older')])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, accident, words):
     logged(tmp_path / 'out', (dict(dataset=documents(tmp_path, 'a', 40), block_size=T), 3, 2))
