@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # the ids that the tokenizer has; the weights have a few rows more (padded_vocab_size)
+    block_size: int = 1024  # context length, in tokens
+    vocab_size: int = 50257  # of the tokenizer; the weights are padded to padded_vocab_size rows
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -88,7 +88,8 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """Matrix units like multiples of 64: GPT-2's 50,257 become 50,304. The padding is never scored or sampled."""
+        """vocab_size rounded up to a multiple of 64, for matrix units: 50,304 for GPT-2. Padding is never scored or
+        sampled."""
         return -(-self.vocab_size // 64) * 64
 
 
@@ -253,6 +254,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
+        self.bfloat16_residual = False  # True: inside autocast the residual stream is bfloat16, not float32
         self.init_weights()
         self.init_rope()
 
@@ -329,6 +331,8 @@ class GPT(nn.Module):
             rope = [table[positions].unsqueeze(-3) for table in (self.rope_cos, self.rope_sin)]  # ([B,] 1, T, D/2)
         if self.config.embedding_norm:
             x = self.transformer.ln_e(x)
+        if self.bfloat16_residual and torch.is_autocast_enabled(idx.device.type):
+            x = x.bfloat16()
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:

@@ -162,12 +162,17 @@ def draw(path, fitted, unseen, law, predictions):
             axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
         axis.set_xscale('log')
         axis.set_yscale('log')
+        wide = max(values) > 30 * min(values)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        if panel != 'flops':
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(label, fontsize=9)
         axis.tick_params(which='both', labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
     losses = [run.loss for run in everything]
-    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.08)
+    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.15)
     axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
     axes[0].yaxis.set_major_formatter('{x:.3g}')
     axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
@@ -225,6 +230,8 @@ def main():
     print(f'L = {E:.3f} + {A:.4g}/N^{alpha:.3f} + {B:.4g}/D^{beta:.3f}')
     for name, (low, high) in intervals.items():
         print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
+    if E < 0.01 * min(data[2]):
+        print('  E is not told from 0 by these runs: the loss must flatten for that, in longer runs of larger models')
     print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), Chinchilla\'s 0.46 to 0.50')
 
     predictions = [[float(x) for x in laws.predict(law, resampled, noise, run.n, run.d)] for run in unseen]

@@ -7,6 +7,7 @@ function here does what one process needs. FSDP and DTensor take longer to impor
 they are imported where they are used.
 """
 
+import inspect
 import ipaddress
 import math
 import os
@@ -202,8 +203,10 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
         if not dist.is_initialized():
             return model
         from torch.nn.parallel import DistributedDataParallel
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = 'forward_sync_buffers' if 'forward_sync_buffers' in names else 'broadcast_buffers'  # until PyTorch 2.12
         return DistributedDataParallel(model, device_ids=[device] if 'cuda' in device else None,
-                                       broadcast_buffers=False,  # tables, the same everywhere
+                                       **{sync: False},  # they are tables, the same everywhere
                                        gradient_as_bucket_view=True)  # else gradients take their memory twice
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,

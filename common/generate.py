@@ -82,18 +82,22 @@ class OneTokenGraph:
 
         self.step = step
         if device.type == 'cuda':
-            cached = torch.is_autocast_cache_enabled()
-            torch.set_autocast_cache_enabled(False)  # a weight cast outside the graph may be gone when it is replayed
+            self.record(device)
+
+    def record(self, device):
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a weight cast outside the graph may be gone when it is replayed
+        with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(3):  # libraries allocate on first use, which no graph can record
-                    step()
+                    self.step()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.logits = step()
-            torch.set_autocast_cache_enabled(cached)
+                self.logits = self.step()
+        torch.set_autocast_cache_enabled(cached)
 
     def __call__(self, new, column):
         """Logits (B, V) after the tokens new (B, 1) at an int column of the cache; the next call overwrites them."""

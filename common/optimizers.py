@@ -98,19 +98,21 @@ class CautiousAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         decays = [group['weight_decay'] for group in self.param_groups]
-        for group in self.param_groups:
+        for group, decay in zip(self.param_groups, decays):
+            for p in group['params'] if decay else []:
+                update = to_local(p.grad) * (1 - group['betas'][0])
+                if self.state[p]:
+                    update.add_(to_local(self.state[p]['exp_avg']), alpha=group['betas'][0])
+                decay_cautiously(to_local(p), update, group['lr'] * decay, getattr(self, 'found_inf', None))
             group['weight_decay'] = 0.0
         super().step()
         for group, decay in zip(self.param_groups, decays):
             group['weight_decay'] = decay
-            for p in group['params'] if decay else []:
-                decay_cautiously(to_local(p), to_local(self.state[p]['exp_avg']), group['lr'] * decay,
-                                 getattr(self, 'found_inf', None))
 
 
 def decay_cautiously(p, update, rate, skip=None):
-    """p *= 1 - rate where p and the update, which is subtracted from it, have the same sign."""
-    shrink = rate * (p * update > 0)
+    """p *= 1 - rate, but not where p and the update, which is subtracted from it, have opposite signs."""
+    shrink = rate * (p * update >= 0)
     p.mul_(1 - (shrink if skip is None else shrink * (1 - skip.to(p.device))))
 
 
@@ -158,14 +160,14 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]['momentum'] = torch.zeros_like(p)
             here, grads = [to_local(p) for p in params], [to_local(p.grad) for p in params]
             momenta = [to_local(self.state[p]['momentum']) for p in params]
-            keep = 1.0 if skip is None else 1 - skip.to(here[0].device)  # 0 in a step that is skipped
-            if skip is None:
-                torch._foreach_lerp_(momenta, grads, 1 - momentum)
-            else:
+            decay, keep = momentum, 1.0
+            if skip is not None:
+                keep = 1 - skip.to(here[0].device)  # 0 in a step that is skipped
+                decay = torch.where(keep == 0, 1.0, momentum)
                 for grad in grads:
                     grad.masked_fill_(keep == 0, 0)  # it may not be finite
-                torch._foreach_mul_(momenta, torch.where(keep == 0, 1.0, momentum))
-                torch._foreach_add_(momenta, grads, alpha=1 - momentum)
+            torch._foreach_mul_(momenta, decay)
+            torch._foreach_add_(momenta, grads, alpha=1 - momentum)
             updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's look ahead
             stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; a rough iteration follows
             stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
@@ -174,7 +176,7 @@ class Muon(torch.optim.Optimizer):
                     decay_cautiously(mine, update, lr * group['weight_decay'], skip)
                 else:
                     mine.mul_(1 - lr * group['weight_decay'] * keep)
-                mine.add_(update * keep if skip is not None else update, alpha=-lr)
+                mine.add_(update if skip is None else update * keep, alpha=-lr)
 
 
 def orthogonalize_parts(x, rows):
@@ -185,6 +187,23 @@ def orthogonalize_parts(x, rows):
         parts = x.split(rows, dim=1)
     parts = [orthogonalize(part) * (0.2 * max(part.shape[1:])**0.5) for part in parts]
     return torch.cat([part.reshape(len(x), -1, x.size(2)) for part in parts], dim=1)
+
+
+def muon_memory(shapes, processes, bytes_each=2):
+    """Bytes that a Muon step takes for a moment on one of the processes that share the parameters, beside gradients and
+    momenta. shapes: of all its 2-D parameters; it works on one shape after the other.
+
+    This process's rows of the updates, three times; the matrices that visit it, as they come and go, whole, and four
+    times inside the iteration. GPT-2 XL: 10.8 GB on one process, 0.22 GB on each of 64.
+    """
+    counts = {shape: shapes.count(shape) for shape in set(map(tuple, shapes))}
+
+    def bytes_of(shape, n):
+        rows, columns = shape
+        mine, visiting = n * -(-rows // processes) * columns, -(-n // processes) * rows * columns
+        return 3 * mine * max(4, bytes_each) + (6 if processes > 1 else 5) * visiting * bytes_each
+
+    return max((bytes_of(shape, n) for shape, n in counts.items()), default=0)
 
 
 class WeightAverage:

@@ -35,13 +35,13 @@ config = configure(globals())
 device = pick_device(device)
 
 
-def ours(dtype):
+def ours(dtype, cuda_graph=False):
     model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device).eval()
     cast_linears(dtype, model)
 
     def write(idx, n):
         with autocast(dtype, device):
-            return model.generate(idx, n, temperature=0.8, top_k=200)
+            return model.generate(idx, n, temperature=0.8, top_k=200, cuda_graph=cuda_graph)
     return write
 
 
@@ -56,6 +56,8 @@ def nanogpt():
 
 torch.manual_seed(1337)
 ways = {f'ours {dtype}': ours(dtype) for dtype in dict.fromkeys(('float32', pick_dtype('auto', device)))}
+if 'cuda' in device:
+    ways |= {f'{name}, CUDA graph': ours(name.split()[1], cuda_graph=True) for name in list(ways)}
 if peer:
     ways['nanoGPT'] = nanogpt()
 print(f'{torch.__version__}, {torch.cuda.get_device_name() if "cuda" in device else "CPU"}, '

@@ -10,20 +10,23 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
 
+from data.errors import UserError
+
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'common.checkpoint',
                                 'common.optimizers', 'model'])
 
 
-def on_processes(world_size, function, *args, timeout=60, init=True, missing=()):
+def on_processes(world_size, function, *args, timeout=60, init=True, missing=(), stderr=None):
     """[function(*args), or the exception that it raised, or None if it was ended] of each rank but the missing ones.
 
-    init: join the others first, with timeout as dist_timeout.
+    init: join the others first, with timeout as dist_timeout. stderr: a file for what they print there.
     """
     board = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     there = [r for r in range(world_size) if r not in missing]
     pipes = {r: context.Pipe(duplex=False) for r in there}
-    processes = [context.Process(target=work, args=(r, world_size, board.port, pipes[r][1], timeout, init, function, args))
+    processes = [context.Process(target=work, args=(r, world_size, board.port, pipes[r][1], timeout, init, stderr,
+                                                      function, args))
                  for r in there]
     for process in processes:
         process.start()
@@ -39,7 +42,9 @@ def on_processes(world_size, function, *args, timeout=60, init=True, missing=())
     return results
 
 
-def work(rank, world_size, port, pipe, timeout, init, function, args):
+def work(rank, world_size, port, pipe, timeout, init, stderr, function, args):
+    if stderr:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size), 'MASTER_ADDR': '127.0.0.1',
                    'MASTER_PORT': str(port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
     torch.set_num_threads(1)
@@ -55,6 +60,7 @@ def work(rank, world_size, port, pipe, timeout, init, function, args):
         pipe.send_bytes(pickle.dumps(result))
     except BaseException as error:
         pipe.send_bytes(pickle.dumps(error))
-        traceback.print_exc()
+        if not isinstance(error, UserError):
+            traceback.print_exc()
     sys.stderr.flush()
     os._exit(0)

@@ -2,15 +2,23 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
 
+from common import distributed
 from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, start
+from data.errors import UserError
+from processes import on_processes
 
 LAYOUTS = {  # name: (processes, settings)
     'zero1': (2, ['--parallel=zero1']),
@@ -22,6 +30,18 @@ LAYOUTS = {  # name: (processes, settings)
 
 def tiny(dataset, out_dir, *args):
     return 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *args
+
+
+def run_here(script, *args):
+    """Run a script in this process, which has imported torch already."""
+    kept = sys.argv, sys.excepthook, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        sys.argv = [script, *map(str, args)]
+        runpy.run_path(str(ROOT / script), run_name='__main__')
+    finally:
+        sys.argv, sys.excepthook, handlers = kept
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def assert_same_losses(a, b, first=1):
@@ -36,7 +56,7 @@ def alone(dataset, tmp_path_factory):
     settings)."""
     out_dir = tmp_path_factory.mktemp('layouts') / 'alone'
     settings = ['--optimizer=muon', '--keep_checkpoints=2', '--learning_rate=3e-3']
-    run(*tiny(dataset, out_dir, *settings))
+    run_here(*tiny(dataset, out_dir, *settings))
     return out_dir, settings
 
 
@@ -52,7 +72,7 @@ def test_a_layout_trains_as_one_process_and_one_process_goes_on(dataset, alone, 
 
     (out_dir / 'on').mkdir()
     shutil.copy(out_dir / 'ckpt_000010.pt', out_dir / 'on' / 'ckpt.pt')
-    run(*tiny(dataset, out_dir / 'on', *settings, '--init_from=resume'))
+    run_here(*tiny(dataset, out_dir / 'on', *settings, '--init_from=resume'))
     assert_same_losses(folder, out_dir / 'on', first=11)
 
 
@@ -83,7 +103,7 @@ def test_each_process_writes_its_shards_and_one_reads_them(dataset, alone):
     assert (out_dir / 'ckpt.pt').stat().st_size < (folder / 'ckpt.pt').stat().st_size / 10
     assert run('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=9').out
     (out_dir / 'ckpt_000015.pt').replace(out_dir / 'ckpt.pt')
-    run(*tiny(dataset, out_dir, *settings, '--init_from=resume'))
+    run_here(*tiny(dataset, out_dir, *settings, '--init_from=resume'))
     assert_same_losses(folder, out_dir)
 
 
@@ -93,7 +113,7 @@ def test_shards_that_do_not_fit_leave_the_checkpoint_before(dataset, tmp_path):
     err = run(*tiny(dataset, tmp_path, '--parallel=fsdp', '--sharded_checkpoints'), full, processes=2, expect=1).err
     assert err.count('the checkpoint of step 20 could not be written') == 1 and 'train.py", line' not in err, err
     assert f'{tmp_path}/ckpt.pt is still the one before' in err
-    run(*tiny(dataset, tmp_path, '--init_from=resume'))
+    run_here(*tiny(dataset, tmp_path, '--init_from=resume'))
     assert list(losses(tmp_path)) == list(range(1, 21))
 
 
@@ -116,7 +136,8 @@ def test_who_waits_too_long_names_who_is_missing(dataset, tmp_path, accident):
         seen += line
         if 'missed a collective' in line:
             break
-    os.kill(int(pid.read_text()), signal.SIGKILL)  # torchrun would give it 30 seconds
+    with suppress(ProcessLookupError):  # one that is not frozen has ended with the others
+        os.kill(int(pid.read_text()), signal.SIGKILL)  # torchrun would give it 30 seconds
     finish(process)
     assert re.fullmatch(r'rank 1 on \S+ missed a collective for 4 s \(dist_timeout\); aborting\n', line), seen
 
@@ -125,6 +146,115 @@ def test_an_error_of_one_process_is_told_once(dataset, tmp_path):
     bug = at_step(tmp_path, 3, "if os.environ['RANK'] == '1': raise RuntimeError('a bug')")
     err = run(*tiny(dataset, tmp_path), bug, processes=2, expect=1).err
     assert err.count('train.py", line') == err.count('RuntimeError: a bug') == err.count('on rank 1:') == 1, err
+
+
+@pytest.mark.parametrize('missing', [(0,), (1, 3)], ids=['first', 'others'])
+def test_a_process_that_never_joins_is_named(missing):
+    results = on_processes(4, distributed.join, 2, init=False, missing=missing)
+    assert {type(result) for result in results} == {UserError}
+    names = ', '.join(f'rank {r}' for r in missing)
+    assert {str(result) for result in results} == {f'{names} of 4 processes did not join within 2 s (dist_timeout)'}
+
+
+def die_unless_asleep(victim):
+    if distributed.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+    return 'not noticed'
+
+
+def test_a_death_ends_processes_that_wait_for_nobody(tmp_path):
+    """With NCCL, no process but a neighbour in the ring notices either, before the collective times out."""
+    assert on_processes(3, die_unless_asleep, 1, stderr=tmp_path / 'err') == [None] * 3
+    assert re.fullmatch(r'rank 1 on \S+ has died; aborting\n', (tmp_path / 'err').read_text())
+
+
+def write_slowly():
+    if distributed.master:
+        distributed.result(distributed.in_background(time.sleep, 4))
+    return distributed.first_then_all(lambda: time.sleep(4 if distributed.master else 0))
+
+
+def test_a_process_whose_disk_is_slow_is_not_missing(tmp_path):
+    assert on_processes(2, write_slowly, timeout=1, stderr=tmp_path / 'err') == [None, None]
+    assert (tmp_path / 'err').read_text() == ''
+
+
+def test_a_missing_rank_is_named_among_1024_by_few_store_operations(monkeypatch):
+    """All but rank 700 have reached the third collective. It answers nothing, is behind, or is writing a checkpoint."""
+    calls, answers = [], ' '.join(f'{r}=3' for r in range(1024) if r != 700)
+
+    class Store:
+        def __init__(self):
+            self.store = torch.distributed.HashStore()
+
+        def __getattr__(self, name):
+            return lambda *args: (calls.append(name), getattr(self.store, name)(*args))[1]
+
+    def messages(answer, seconds):
+        found = []
+        store = Store()
+        store.set('hosts', ' '.join(f'{r}=host{r}' for r in range(1024)))
+        for alarm in range(1, 10):
+            store.append(f'answers/{alarm}', f'{answers} {answer} ')
+        calls.clear()
+        monkeypatch.setattr(distributed, 'abort', lambda message, grace=20: (
+            found.append(message), setattr(distributed, 'ended', True)))
+        for name, value in dict(store=store, neighbours=[], world_size=1024, progress=(3, time.monotonic() - 1), ended=False).items():
+            monkeypatch.setattr(distributed, name, value)
+        thread = threading.Thread(target=distributed.watchdog, args=(0.5, os.getppid()))
+        thread.start()
+        thread.join(seconds)
+        monkeypatch.setattr(distributed, 'ended', True)
+        thread.join()
+        assert len(calls) < 100
+        return found
+
+    named = ['rank 700 on host700 missed a collective for 0.5 s (dist_timeout); aborting']
+    assert messages('', 30) == messages('700=2', 30) == named
+    assert messages('700=inf', 1) == []
+
+
+def test_workers_end_when_torchrun_is_killed(dataset, tmp_path):
+    """It cannot end them, and one started in its place would train beside them."""
+    process = start(*tiny(dataset, tmp_path, '--max_iters=1000000', '--eval_interval=1000000'), processes=2)
+    for line in process.stdout:
+        if line.startswith('step 3/'):
+            break
+    process.kill()
+    finish(process)  # until the last of the workers has closed its pipes
+    assert 'aborting' in process.err and 'Traceback' not in process.err
+
+
+def test_a_second_signal_ends_at_once_but_not_torchruns_copy(monkeypatch):
+    monkeypatch.setattr(distributed, 'stop_signal', 0)
+    raised = []
+    monkeypatch.setattr(signal, 'raise_signal', raised.append)
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: raised.append(handler))
+    assert not distributed.stop_requested()
+    distributed.request_stop(signal.SIGINT, None)
+    distributed.request_stop(signal.SIGTERM, None)  # within two seconds
+    assert distributed.stop_requested() == signal.SIGINT and raised == []
+    monkeypatch.setattr(distributed, 'stop_time', time.monotonic() - 3)
+    distributed.request_stop(signal.SIGINT, None)
+    assert raised == [signal.SIG_DFL, signal.SIGINT]
+
+
+def test_no_other_file_calls_torch_distributed_or_reads_ranks():
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('common/*.py'), *ROOT.glob('data/*.py')]:
+        if path != ROOT / 'common' / 'distributed.py':
+            code = '\n'.join(line.partition('#')[0] for line in path.read_text().splitlines())
+            assert not re.search(r"torch\.distributed|import dist\b|'(LOCAL_)?RANK'|WORLD_SIZE", code), path
+
+
+def test_importing_takes_no_time_for_what_only_many_processes_need():
+    """(PyTorch's optimizers import torch._dynamo, and that FSDP, when the first one is made: sampling never does.)"""
+    code = ("import sys; from common import checkpoint, distributed, optimizers; import model; "
+            "distributed.wrap(model.GPT(model.GPTConfig(16, 64, 1, 1, 8)), 'cpu'); "
+            "print([name for name in sys.modules if name.startswith(('torch.distributed.tensor.', 'torch.distributed.fsdp',"
+            "'torch.distributed.checkpoint', 'torch.distributed.optim'))])")
+    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert process.stdout == '[]\n', process.stdout + process.stderr
 
 
 def test_two_machines_train_as_one_process(dataset, alone, tmp_path):
@@ -142,6 +272,7 @@ def test_two_machines_train_as_one_process(dataset, alone, tmp_path):
         for agent in agents:
             finish(agent)
             assert agent.returncode == 0, agent.err
+            assert 'has no connection to ranks' not in agent.err
     finally:
         for host in hosts:
             if host:

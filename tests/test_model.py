@@ -273,6 +273,22 @@ def test_activation_checkpointing_changes_no_gradient():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize('variant', ['gpt2', 'all at once'])
+def test_a_bfloat16_residual_stream(variant):
+    """Inside autocast alone, and nearly the same loss."""
+    model, (x, y), types = tiny(**VARIANTS[variant] | dict(zero_init=False)), batch(), []
+    model.transformer.h[1].register_forward_pre_hook(lambda module, args: types.append(args[0].dtype))
+    losses = []
+    for model.bfloat16_residual in (False, True):
+        losses.append(model(x, y)[1].item())
+        with torch.autocast('cpu', torch.bfloat16):
+            losses.append(model(x, y)[1].item())
+    assert types == [torch.float32, torch.float32, torch.float32, torch.bfloat16]
+    assert losses == pytest.approx([losses[0]] * 4, abs=0.01) and losses[0] == losses[2]
+    model(x, y)[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_crop_block_size():
     model, (x, y) = tiny(), batch(T=16)
     before = model(x, y)[1].item()

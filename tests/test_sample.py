@@ -73,7 +73,7 @@ class Terminal:
 
     def reads(self):
         """Wait until the process sleeps, in what reads a line: Ctrl-C between a prompt and the reading is lost."""
-        while Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()[0] != 'S':
+        while Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()[0] in 'RD':
             time.sleep(0.01)
 
     def end(self):
