@@ -302,28 +302,38 @@ def check_export(gpt, resumed, folder):
 
 # -----------------------------------------------------------------------------
 
-def rehearse(config, arguments, processes=0):
-    """Print the table of a run with these settings, given as `arguments` on train.py's command line. Returns the names
-    of the checks that failed."""
-    table = Table()
+def before_training(table, config, processes, folder):
+    """(the run's GPTConfig, HellaSwag items), each None if it was not found."""
+    step = table.check('settings', check_settings, config, processes)
+    data = table.check('data', check_data, config, step or config['total_batch_size'])
+    tokenizer = table.check('tokenizer', check_tokenizer, data)
+    gpt = table.check('model', check_model, config, data, tokenizer)
+    table.check('memory', check_memory, config, gpt, processes)
+    table.check('disk', check_disk, config, gpt)
+    items = table.check('hellaswag', check_hellaswag, config, tokenizer, gpt)
+    table.check('log_to', check_trackers, config, folder)
+    return step and gpt, items
+
+
+def while_training(table, config, gpt, arguments, processes, folder):
     launched = processes > 1 or config['parallel'] != 'ddp'
+    entries = table.check('train', train, config, arguments, processes, launched, folder)
+    table.check('evaluation', check_evaluation, entries, folder)
+    table.check('sample', check_sample, config, entries, folder)
+    if not config['eval_only']:
+        resumed = table.check('resume', check_resume, entries, arguments, processes, launched, folder)
+        table.check('export', check_export, gpt, resumed, folder)
+
+
+def rehearse(config, arguments, processes):
+    """Print the table of a run with these settings, given as `arguments` on train.py's command line. Returns the names
+    of the checks that it failed."""
+    table = Table()
     with tempfile.TemporaryDirectory(prefix='rehearse-', ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
-        step = table.check('settings', check_settings, config, processes)
-        data = table.check('data', check_data, config, step or config['total_batch_size'])
-        tokenizer = table.check('tokenizer', check_tokenizer, data)
-        gpt = table.check('model', check_model, config, data, tokenizer)
-        table.check('memory', check_memory, config, gpt, processes)
-        table.check('disk', check_disk, config, gpt)
-        items = table.check('hellaswag', check_hellaswag, config, tokenizer, gpt) or 0
-        table.check('log_to', check_trackers, config, folder)
-        arguments = step and gpt and [*arguments, *narrow(config, gpt, processes, items, folder)]
-        entries = table.check('train', train, config, arguments, processes, launched, folder)
-        table.check('evaluation', check_evaluation, entries, folder)
-        table.check('sample', check_sample, config, entries, folder)
-        if not config['eval_only']:
-            resumed = table.check('resume', check_resume, entries, arguments, processes, launched, folder)
-            table.check('export', check_export, gpt, resumed, folder)
+        gpt, items = before_training(table, config, processes, folder)
+        arguments = gpt and [*arguments, *narrow(config, gpt, processes, items or 0, folder)]
+        while_training(table, config, gpt, arguments, processes, folder)
     return table.failed
 
 
