@@ -1,6 +1,7 @@
 """rehearse.py finds planted faults before a run meets them, and leaves the run's own folder alone."""
 
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def test_settings_that_make_no_run(rows):
 def test_a_tokenizer_that_cannot_be_had(rows, data, tmp_path, monkeypatch):
     copy = shutil.copytree(data, tmp_path / 'copy')
     (copy / 'meta.json').write_text((copy / 'meta.json').read_text().replace('"bytes"', '"gpt2"').replace('257', '50257'))
+
     def offline(self):
         raise UserError('the GPT-2 vocabulary could not be fetched')
     monkeypatch.setattr(GPT2, '__init__', offline)
@@ -111,7 +113,6 @@ def test_hellaswag(rows, tmp_path, monkeypatch):
     def offline(*args):
         raise UserError('it could not be fetched')
     monkeypatch.setattr(hellaswag, 'load_items', offline)
-    (tmp_path / 'config.py').write_text('')
     config = override(settings_of(ROOT / 'train.py'), [])  # nothing given: the run prints a line, and trains
     with pytest.raises(rehearse.Minor, match='not scored: it could not be fetched; --hellaswag_interval=0'):
         rehearse.check_hellaswag(config, get_tokenizer('bytes'), GPTConfig())
@@ -119,7 +120,7 @@ def test_hellaswag(rows, tmp_path, monkeypatch):
 
 def test_trackers(rows, tmp_path, monkeypatch):
     assert 'log_to=mlflow is not one of' in rows('--log_to=mlflow')['log_to'][1]
-    monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
     found = rows('--wandb_log')
     assert marks(found, 'FAIL') == ['log_to'] and 'pip install wandb' in found['log_to'][1]
 
@@ -128,7 +129,10 @@ def test_weights_and_biases_without_a_login(rows, tmp_path, monkeypatch):
     class Started(rehearse.log.Wandb):
         def __init__(self, *args):
             assert rehearse.os.environ['WANDB_MODE'] == 'offline'  # else the service would show the rehearsal
-        finish = lambda self: None
+
+        def finish(self):
+            pass
+
     monkeypatch.setitem(rehearse.log.TRACKERS, 'wandb', Started)
     monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
     monkeypatch.delenv('WANDB_API_KEY', raising=False)
@@ -211,18 +215,21 @@ Traceback (most recent call last):
     assert rehearse.tail(tmp_path / 'stderr') == 'min_lr=1 must be at most learning_rate=0.001'
 
 
-def test_a_rehearsal_from_end_to_end(data, tmp_path):
+def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys):
     (tmp_path / 'items.jsonl').write_text(ITEM * 3)
-    out = run('rehearse.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path}/out', '--sample_interval=5', '--n_layer=12',
-              '--hellaswag_interval=5', f'--hellaswag_data={tmp_path}/items.jsonl', '--processes=1').out
-    assert [line.split()[:2] for line in out.splitlines()] == [['ok', name] for name in (
+    arguments = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}/out', '--n_layer=12', '--sample_interval=5',
+                 '--hellaswag_interval=5', f'--hellaswag_data={tmp_path}/items.jsonl', '--parallel=fsdp']
+    config = override(settings_of(ROOT / 'train.py'), arguments)
+    assert rehearse.rehearse(config, arguments, processes=1) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [['ok', name] for name in (
         'settings', 'data', 'tokenizer', 'model', 'memory', 'disk', 'hellaswag', 'log_to', 'train', 'evaluation',
-        'sample', 'resume', 'export')] + [['ready']]
-    assert 'hellaswag' in out and 'resumed from the checkpoint of step' in out
+        'sample', 'resume', 'export')]
+    assert 'hellaswag' in lines[9] and 'resumed from the checkpoint of step' in lines[11]
     assert [path.name for path in tmp_path.iterdir()] == ['items.jsonl']
 
 
-def test_a_rehearsal_quotes_train_py_s_own_line(data, tmp_path):
-    process = run('rehearse.py', *TINY, f'--dataset={data}', '--min_lr=1', '--parallel=fsdp', '--processes=1', expect=1)
+def test_the_command_quotes_train_py_s_own_line(data):
+    process = run('rehearse.py', *TINY, f'--dataset={data}', '--min_lr=1', '--processes=1', expect=1)
     assert 'FAIL train       min_lr=1.0 must be at most learning_rate=0.001' in process.out
     assert process.err == 'this run would fail: train\n'
