@@ -435,7 +435,7 @@ while True:
             stop = True
         else:
             write_log(result)
-            if checkpoint_due and result['val_loss'] < best_val_loss:
+            if due(eval_interval) and step > 0 and not eval_only and result['val_loss'] < best_val_loss:
                 best_val_loss = result['val_loss']
                 if always_save_checkpoint:
                     checkpoint.keep_best(out_dir)

@@ -74,9 +74,10 @@ def save(checkpoint, out_dir, best=False, keep=0):
 
 
 def keep_best(out_dir):
-    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it. All processes call it."""
+    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it, or this run resumed from it. All
+    processes call it."""
     def copy(written=writing):
-        if written and written.result():
+        if written.result() if written else Path(out_dir, NAME).exists():
             warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, Path(out_dir, NAME))
 
     if distributed.master:
