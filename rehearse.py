@@ -84,8 +84,6 @@ def check_settings(config, processes):
     device = pick_device(device_for(config, processes))
     steps, batch_size, _ = distributed.divide_step(config, given, processes)
     shape = f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens'
-    if config['profile'] and config['max_iters'] < 7:
-        raise UserError(f'profile traces steps 5 to 7, and max_iters is {config["max_iters"]}')
     return steps * batch_size * config['block_size'] * processes, f'{shape}, {device}, {pick_dtype(config["dtype"], device)}'
 
 
@@ -155,9 +153,10 @@ def check_disk(config, gpt):
     # ckpt.pt, ckpt_best.pt, one that is being written; of the numbered ones the oldest goes when the newest is there
     count = 0 if config['eval_only'] else 3 + (keep + 1 if keep else 0)
     free = shutil.disk_usage(there).free
-    own = sum(path.stat().st_size for path in out_dir.glob('ckpt*.pt')) if config['init_from'] in ('resume', 'auto') else 0
-    text = f'{count} checkpoints of {size / 1e9:.3g} GB, and {there} has {(free + own) / 1e9:.3g} GB left'
-    if count * size > free + own:
+    if config['init_from'] in ('resume', 'auto'):  # the run's own checkpoints are replaced
+        free += sum(path.stat().st_size for name in ('ckpt*.pt', 'shards_*/*') for path in out_dir.glob(name))
+    text = f'{count} checkpoints of {size / 1e9:.3g} GB, and {there} has {free / 1e9:.3g} GB for them'
+    if count * size > free:
         raise UserError(f'{text}: free some, lower keep_checkpoints={keep}, or choose another out_dir')
     return True, text
 
@@ -188,7 +187,6 @@ def check_trackers(config, folder):
             raise UserError('Weights & Biases has no login here: `wandb login`, WANDB_API_KEY, or WANDB_MODE=offline')
     return True, f'{names} can start' if names else 'log.jsonl alone'
 
-
 # -----------------------------------------------------------------------------
 # train.py with a narrow model
 
@@ -201,7 +199,8 @@ def narrow(config, gpt, processes, items, folder):
         'dropout': config['dropout'], 'block_size': block_size}
     small |= {'init_from': 'scratch', 'out_dir': f'{folder}/out', 'log_to': '', 'wandb_log': False, 'batch_size': 2,
               'eval_interval': 2, 'eval_tokens': 4 * block_size * processes, 'log_interval': 1,
-              'device': device_for(config, processes), 'sample_interval': 2 * bool(config['sample_interval']), 'hellaswag_interval': 2 * bool(items)}
+              'sample_interval': 2 * bool(config['sample_interval']), 'hellaswag_interval': 2 * bool(items),
+              'device': device_for(config, processes)}
     if items:
         small['hellaswag_limit'] = min(items, max(4, processes))
     if small['device'] == 'cpu':
@@ -211,23 +210,21 @@ def narrow(config, gpt, processes, items, folder):
         f'--total_batch_size={4 * block_size * processes}']
 
 
-def start(arguments, processes, launched, folder):
-    """train.py as a process, whose output goes to FOLDER/stdout and FOLDER/stderr."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if launched else []
-    with open(folder / 'stdout', 'a') as out, open(folder / 'stderr', 'w') as err:
-        return subprocess.Popen([sys.executable, *launcher, ROOT / 'train.py', *arguments], stdout=out, stderr=err,
-                                start_new_session=True)
-
-
-def wait_for(process, folder, ready):
-    """Until the process has ended well, or ready(). Raises UserError, with train.py's own line, if it failed."""
+def run_until(ready, command, folder):
+    """Run a command until it ends, or until ready(), when it is killed. Raises UserError, with its own line, if it fails.
+    Its output goes to FOLDER/stdout and FOLDER/stderr."""
     began = time.monotonic()
-    while process.poll() is None and not ready():
-        if time.monotonic() - began > LIMIT:
-            raise UserError(f'no end within {LIMIT} s; the last line: {tail(folder / "stdout")}')
-        time.sleep(0.05)
-    if process.poll():
-        raise UserError(tail(folder / 'stderr') or f'train.py ended with status {process.returncode}')
+    with open(folder / 'stdout', 'a') as out, open(folder / 'stderr', 'w') as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+    try:
+        while process.poll() is None and not ready():
+            if time.monotonic() - began > LIMIT:
+                raise UserError(f'no end within {LIMIT} s; the last line: {tail(folder / "stdout")}')
+            time.sleep(0.05)
+        if process.poll():
+            raise UserError(tail(folder / 'stderr') or f'train.py ended with status {process.returncode}')
+    finally:
+        kill(process, folder)
 
 
 def tail(path):
@@ -247,19 +244,15 @@ def kill(process, folder):
     process.wait()
 
 
-def train(config, arguments, processes, launched, folder):
-    """The run until its first checkpoint. Found: its log."""
+def train(config, command, folder):
+    """The run until its first checkpoint, and no further. Found: its log."""
     began = time.monotonic()
-    process = start(arguments, processes, launched, folder)
-    try:
-        wait_for(process, folder, (folder / 'out' / checkpoint.NAME).exists)
-    finally:
-        kill(process, folder)
+    run_until((folder / 'out' / checkpoint.NAME).exists, command, folder)
     entries = [] if config['eval_only'] else log.read(folder / 'out' / 'log.jsonl')
     for entry in entries:
         if entry.get('loss', 0) is None:
             raise UserError(f'the loss of step {entry["step"]} is not finite: lower learning_rate, or lengthen warmup_iters')
-    return entries, f'{processes} processes, {config["parallel"]}: {time.monotonic() - began:.0f} s to the first checkpoint'
+    return entries, f'{time.monotonic() - began:.0f} s to the first checkpoint ({config["parallel"]}, {config["optimizer"]})'
 
 
 def check_evaluation(entries, folder):
@@ -276,14 +269,10 @@ def check_sample(config, entries, folder):
     return True, f'{written[0][:72]} …' if written else 'no samples: sample_interval is 0'
 
 
-def check_resume(entries, arguments, processes, launched, folder):
+def check_resume(entries, command, folder):
     """Continue the killed run for two steps, as a restarting scheduler does."""
     step = checkpoint.load(folder / 'out' / checkpoint.NAME, resume=True)['iter_num']
-    process = start([*arguments, '--init_from=auto', f'--max_iters={step + 2}', '--profile=False'], processes, launched, folder)
-    try:
-        wait_for(process, folder, lambda: False)
-    finally:
-        kill(process, folder)
+    run_until(lambda: False, [*command, '--init_from=auto', f'--max_iters={step + 2}', '--profile=False'], folder)
     steps = [entry['step'] for entry in log.read(folder / 'out' / 'log.jsonl') if 'loss' in entry]
     if steps != [*range(1, step + 3)]:
         raise UserError(f'killed and resumed at step {step}, but the log has the steps {steps}')
@@ -315,25 +304,27 @@ def before_training(table, config, processes, folder):
     return step and gpt, items
 
 
-def while_training(table, config, gpt, arguments, processes, folder):
-    launched = processes > 1 or config['parallel'] != 'ddp'
-    entries = table.check('train', train, config, arguments, processes, launched, folder)
+def while_training(table, config, gpt, command, folder):
+    entries = table.check('train', train, config, command, folder)
     table.check('evaluation', check_evaluation, entries, folder)
     table.check('sample', check_sample, config, entries, folder)
     if not config['eval_only']:
-        resumed = table.check('resume', check_resume, entries, arguments, processes, launched, folder)
+        resumed = table.check('resume', check_resume, entries, command, folder)
         table.check('export', check_export, gpt, resumed, folder)
 
 
 def rehearse(config, arguments, processes):
     """Print the table of a run with these settings, given as `arguments` on train.py's command line. Returns the names
     of the checks that it failed."""
-    table = Table()
+    table, launcher = Table(), []
+    if processes > 1 or config['parallel'] != 'ddp':
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     with tempfile.TemporaryDirectory(prefix='rehearse-', ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         gpt, items = before_training(table, config, processes, folder)
-        arguments = gpt and [*arguments, *narrow(config, gpt, processes, items or 0, folder)]
-        while_training(table, config, gpt, arguments, processes, folder)
+        command = gpt and [sys.executable, *launcher, ROOT / 'train.py', *arguments,
+                           *narrow(config, gpt, processes, items or 0, folder)]
+        while_training(table, config, gpt, command, folder)
     return table.failed
 
 

@@ -1,6 +1,8 @@
 """rehearse.py finds planted faults before a run meets them, and leaves the run's own folder alone."""
 
+import runpy
 import shutil
+import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 import hellaswag
 import rehearse
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY
 from configurator import override, settings_of
 from data.errors import UserError
 from data.tokenizer import GPT2, get_tokenizer
@@ -229,7 +231,10 @@ def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ['items.jsonl']
 
 
-def test_the_command_quotes_train_py_s_own_line(data):
-    process = run('rehearse.py', *TINY, f'--dataset={data}', '--min_lr=1', '--processes=1', expect=1)
-    assert 'FAIL train       min_lr=1.0 must be at most learning_rate=0.001' in process.out
-    assert process.err == 'this run would fail: train\n'
+def test_the_command_quotes_train_py_s_own_line(data, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['rehearse.py', *TINY, f'--dataset={data}', '--min_lr=1', '--processes=1'])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(UserError, match='^this run would fail: train$'):  # exit status 1
+        runpy.run_path(str(ROOT / 'rehearse.py'), run_name='__main__')
+    assert 'FAIL train       min_lr=1.0 must be at most learning_rate=0.001\n' in capsys.readouterr().out
