@@ -83,8 +83,8 @@ def check_settings(config, processes):
     """Found: tokens in a step."""
     device = pick_device(device_for(config, processes))
     steps, batch_size, _ = distributed.divide_step(config, given, processes)
-    shape = f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens'
-    return steps * batch_size * config['block_size'] * processes, f'{shape}, {device}, {pick_dtype(config["dtype"], device)}'
+    text = f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens, {device}'
+    return steps * batch_size * config['block_size'] * processes, f'{text}, {pick_dtype(config["dtype"], device)}'
 
 
 def check_data(config, step):
@@ -92,8 +92,8 @@ def check_data(config, step):
     train, val = (Loader(config['dataset'], split, config['batch_size'], config['block_size'], seed=config['seed'],
                          shuffle=config['shuffle'] and split == 'train') for split in ('train', 'val'))
     tokens = sum(data.n_tokens for data in train.splits)
-    return train, (f'{config["dataset"]}: {tokens:,} tokens, which the run reads {config["max_iters"] * step / tokens:.2f} '
-                   f'times; {sum(data.n_tokens for data in val.splits):,} to validate on')
+    return train, (f'{config["dataset"]}: {tokens:,} tokens, of which the run reads {config["max_iters"] * step:,}; '
+                   f'{sum(data.n_tokens for data in val.splits):,} to validate on')
 
 
 def check_tokenizer(data):
@@ -118,8 +118,8 @@ def check_model(config, data, tokenizer):
         model, vocabulary = checkpoint.pretrained(source)
         gpt = model.config
     if vocabulary != tokenizer.name:
-        raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights of {config["init_from"]} '
-                        f'were trained on {vocabulary} tokens')
+        raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights of '
+                        f'{config["init_from"]} were trained on {vocabulary} tokens')
     n = empty(gpt).get_num_params(non_embedding=False)
     return gpt, f'{n:,} parameters' + f', from {path or source}' * (source != 'scratch')
 
@@ -137,7 +137,7 @@ def check_memory(config, gpt, processes):
     total = torch.cuda.get_device_properties(0).total_memory
     if need > plan.USABLE * total:
         change = plan.remedy(empty(gpt), config, processes, plan.USABLE * total)
-        raise Minor(f'{text}, which have {total / 1e9:.3g} GB: ' + (f'try {change}' if change else 'it takes more GPUs'))
+        raise Minor(f'{text}, which have {total / 1e9:.3g} GB: ' + (f'try {change}' if change else 'use more GPUs'))
     return True, f'{text} of {total / 1e9:.3g} GB'
 
 
@@ -148,8 +148,8 @@ def check_disk(config, gpt):
     out_dir = Path(config['out_dir']).absolute()
     there = next(path for path in (out_dir, *out_dir.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = 'it may not be written' if there.is_dir() else 'it is a file'
-        raise UserError(f'out_dir={config["out_dir"]} cannot be made or written because of {there} ({why}): choose another')
+        why = 'may not be written' if there.is_dir() else 'is a file'
+        raise UserError(f'out_dir={config["out_dir"]} cannot be written: {there} {why}; choose another')
     # ckpt.pt, ckpt_best.pt, one that is being written; of the numbered ones the oldest goes when the newest is there
     count = 0 if config['eval_only'] else 3 + (keep + 1 if keep else 0)
     free = shutil.disk_usage(there).free
@@ -183,7 +183,7 @@ def check_trackers(config, folder):
         tracker.close()
         host = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
         if isinstance(tracker, log.Wandb) and mode == 'online' and not (
-                os.environ.get('WANDB_API_KEY') or requests.utils.get_netrc_auth(host)):  # `wandb login` writes ~/.netrc
+                os.environ.get('WANDB_API_KEY') or requests.utils.get_netrc_auth(host)):  # of `wandb login`
             raise UserError('Weights & Biases has no login here: `wandb login`, WANDB_API_KEY, or WANDB_MODE=offline')
     return True, f'{names} can start' if names else 'log.jsonl alone'
 
@@ -206,13 +206,13 @@ def narrow(config, gpt, processes, items, folder):
     if small['device'] == 'cpu':
         small['backend'] = 'auto'
     changes = {name: value for name, value in small.items() if value != config[name]}
-    return [f'--{name}={value}' for name, value in changes.items()] + [  # the last one given decides how a step is divided
-        f'--total_batch_size={4 * block_size * processes}']
+    return [*(f'--{name}={value}' for name, value in changes.items()),
+            f'--total_batch_size={4 * block_size * processes}']  # given last, it decides how a step is divided
 
 
 def run_until(ready, command, folder):
-    """Run a command until it ends, or until ready(), when it is killed. Raises UserError, with its own line, if it fails.
-    Its output goes to FOLDER/stdout and FOLDER/stderr."""
+    """Run a command until it ends, or until ready(), when it is killed. Its output goes to FOLDER/stdout and
+    FOLDER/stderr. Raises UserError, with its own line, if it fails."""
     began = time.monotonic()
     with open(folder / 'stdout', 'a') as out, open(folder / 'stderr', 'w') as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
@@ -251,8 +251,9 @@ def train(config, command, folder):
     entries = [] if config['eval_only'] else log.read(folder / 'out' / 'log.jsonl')
     for entry in entries:
         if entry.get('loss', 0) is None:
-            raise UserError(f'the loss of step {entry["step"]} is not finite: lower learning_rate, or lengthen warmup_iters')
-    return entries, f'{time.monotonic() - began:.0f} s to the first checkpoint ({config["parallel"]}, {config["optimizer"]})'
+            raise UserError(f'the loss of step {entry["step"]} is not finite: lower learning_rate, or raise warmup_iters')
+    seconds = time.monotonic() - began
+    return entries, f'{seconds:.0f} s to the first checkpoint ({config["parallel"]}, {config["optimizer"]})'
 
 
 def check_evaluation(entries, folder):

@@ -48,7 +48,8 @@ def rows(data, tmp_path, capsys, monkeypatch):
         gpt, _ = rehearse.before_training(table, config, processes, tmp_path / 'rehearsal')
         if gpt:
             table.check('export', rehearse.check_export, gpt, True, tmp_path / 'rehearsal')
-        lines = [line for line in capsys.readouterr().out.splitlines() if line[:5].strip() in ('ok', '-', 'warn', 'FAIL')]
+        lines = [line for line in capsys.readouterr().out.splitlines()
+                 if line[:5].strip() in ('ok', '-', 'warn', 'FAIL')]
         found = {line[5:17].strip(): (line[:5].strip(), line[17:]) for line in lines}
         assert table.failed == [name for name, (mark, _) in found.items() if mark == 'FAIL']
         assert not (tmp_path / 'out').is_dir()
@@ -64,7 +65,7 @@ def test_a_sound_run_passes(rows):
     found = rows()
     assert not marks(found, 'FAIL') and not marks(found, '-')
     assert found['settings'][1].startswith('1 x 4 micro-batches of 4 x 32 tokens, cpu')
-    assert '26,960 tokens, which the run reads 0.38 times; 3,000 to validate on' in found['data'][1], found['data']
+    assert '26,960 tokens, of which the run reads 10,240; 3,000 to validate on' in found['data'][1], found['data']
 
 
 def test_a_missing_dataset_and_what_depends_on_it(rows):
@@ -158,7 +159,7 @@ def test_a_disk_too_small(rows, monkeypatch):
 
 def test_the_checkpoint_is_of_the_size_that_disk_counts(data):
     config = override(settings_of(ROOT / 'train.py'), [*TINY, f'--dataset={data}'])
-    model = GPT(gpt := GPTConfig(**{name: config[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}, vocab_size=257))
+    model = GPT(gpt := GPTConfig(32, 257, n_layer=2, n_head=2, n_embd=32))
     sizes = sum(4 * p.numel() for p in model.parameters())
     text = rehearse.check_disk(config, gpt)[1]
     assert float(text.split(' of ')[1].split()[0]) * 1e9 == pytest.approx(3 * sizes, rel=0.01)  # and Adam's two moments
@@ -167,7 +168,7 @@ def test_the_checkpoint_is_of_the_size_that_disk_counts(data):
 def test_an_out_dir_that_is_a_file(rows, tmp_path):
     (tmp_path / 'file').write_text('')
     found = rows(f'--out_dir={tmp_path}/file/out')
-    assert marks(found, 'FAIL') == ['disk'] and f'because of {tmp_path}/file (it is a file)' in found['disk'][1]
+    assert marks(found, 'FAIL') == ['disk'] and f'{tmp_path}/file is a file; choose another' in found['disk'][1]
 
 
 def test_weights(rows, data, tmp_path):
