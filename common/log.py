@@ -209,7 +209,7 @@ class Wandb(Tracker):
         if bad := set(project) & set('/\\#?%:'):
             raise UserError(f"wandb_project={project}: Weights & Biases allows no '{min(bad)}' in a project's name")
         import wandb
-        how = dict(project=project, name=run_name, config=config, dir=out_dir)
+        how, hook = dict(project=project, name=run_name, config=config, dir=out_dir), sys.excepthook
         try:
             self.run = wandb.init(**how, settings=wandb.Settings(init_timeout=60))
         except wandb.errors.CommError as error:
@@ -217,6 +217,14 @@ class Wandb(Tracker):
                 raise
             self.run = wandb.init(**how, mode='offline')
             print(f'Weights & Biases does not answer: logged to {self.run.dir}, to be sent by `wandb sync`', file=sys.stderr)
+
+        def report(*error):  # instead of wandb's hook, which prints a traceback of every error
+            try:
+                hook(*error)
+            finally:
+                self.attempt(self.run.finish, 1)
+
+        sys.excepthook = report
 
     def send(self, values, step):
         self.run.log(values, step=step)
