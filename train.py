@@ -27,7 +27,7 @@ from common import checkpoint, distributed, files, log, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from data.loader import Loader
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, to_record, tokenizer_name
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -173,14 +173,14 @@ lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving a
 
 
 def get_model():
-    """(GPT on the CPU, name of its tokenizer, checkpoint to resume or None, its path), as init_from says."""
+    """(GPT on the CPU, its tokenizer for get_tokenizer, checkpoint to resume or None, its path), as init_from says."""
     source = init_from
     if source == 'auto' or source.startswith('resume:') and distributed.restarts:
         found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
         source = distributed.all_gather(found)[0]
     if source == 'scratch':
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), tokenizer.name, None, ''
+        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), train_data.tokenizer, None, ''
     path = checkpoint.resume_path(source, out_dir)
     if not path:
         return *checkpoint.pretrained(source, dropout=dropout), None, ''
@@ -196,6 +196,7 @@ def get_model():
 
 def fit_model(model, vocabulary):
     """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
+    vocabulary = tokenizer_name(vocabulary)
     if vocabulary != tokenizer.name:
         raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
     longer = block_size > model.config.block_size
@@ -331,7 +332,7 @@ def save(best=False):
     """Write what an exact resume needs, in the background once it is copied."""
     state = (checkpoint.sharded_state(model, opts, out_dir) if sharded_checkpoints
              else distributed.training_state(model, opts))
-    state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
+    state |= {**to_record(tokenizer), 'model_args': asdict(model.config), 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
               **skip_rule.state_dict()}
@@ -350,6 +351,7 @@ def claim_out_dir():
         if resumed_path != ckpt_path:
             log.archive_previous_run(out_dir, after=first)
         log.rewind(log_path, first)
+    checkpoint.keep_tokenizer(tokenizer, out_dir)
     run_log = log.Log(log_path, started)
     for entry in entries:
         run_log.write(entry)

@@ -400,7 +400,7 @@ def check_folder(folder):
 
 def save(folder, config, state_dict, tokenizer, dtype='float32'):
     """Write config.json, model.safetensors and the tokenizer's files of a GPTConfig and our state dict (vocabulary not
-    padded). tokenizer: its name. Raises UserError if a file is there already, or names the GPTConfig field that
+    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or names the GPTConfig field that
     transformers has no class for."""
     if dtype not in DTYPES:
         raise UserError(f'dtype={dtype} is not one of {", ".join(DTYPES)}')
@@ -409,7 +409,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     family = FAMILIES[name]
     check_exportable(config, name)
     tokenizer = get_tokenizer(tokenizer)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:  # some models have more ids than their tokenizers
         raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
     hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
               dtype=dtype, torch_dtype=dtype)
