@@ -108,6 +108,7 @@ parallel = 'ddp'  # 'zero1' shards the optimizer state over processes, 'fsdp' we
 replicas = 1  # with fsdp: number of model replicas (HSDP); one per node reduces traffic
 sharded_checkpoints = False  # with fsdp: each process writes its shards, into a folder beside ckpt.pt
 cpu_offload = False  # with fsdp: weights and optimizer state stay in CPU memory between uses
+bfloat16_residual = False  # with dtype=bfloat16: the residual stream too, which saves memory traffic
 activation_checkpointing = False  # recompute each block in the backward pass, to save activation memory
 dist_timeout = 600  # abort after waiting this many seconds for a missing rank
 backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
@@ -217,7 +218,7 @@ def fit_model(model, vocabulary):
 try:
     model, vocabulary, resumed, resumed_path = get_model()
     fit_model(model, vocabulary)
-    model.activation_checkpointing = activation_checkpointing
+    model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
     opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
