@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, files, log, optimizers
+from common import checkpoint, distributed, files, log, objectives, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from configurator import UserError, configure, given
@@ -448,16 +448,15 @@ while True:
         break
 
     # forward and backward; gradients add up over the micro-batches
-    began, data_s = time.perf_counter(), 0.0
     before = train_data.state_dict(), checkpoint.random_state(device)
-    train_loss = 0
-    for micro_step in range(accumulation_steps):
-        waiting = time.perf_counter()
-        x, y = train_data.next_batch()  # (B, T) each
-        data_s += time.perf_counter() - waiting
+    waiting = time.perf_counter()
+    batches = [train_data.next_batch() for _ in range(accumulation_steps)]  # x, y: (B, T) each
+    began = time.perf_counter()
+    data_s, train_loss, weights = began - waiting, 0, objectives.token_weights([y for _, y in batches], device)
+    for micro_step, (x, y) in enumerate(batches):
         distributed.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
-            _, loss = train_model(x, y, return_logits=False)
+            loss = objectives.weighted(train_model(x, y, return_logits=False)[1], weights[micro_step])
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
         if step == first and micro_step == 0:
