@@ -37,11 +37,12 @@ RANGES = (
                    'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
     (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
                    'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
-                   'step characters'),
+                   'step characters lora_rank'),
     (1, 2**62, 'total_batch_size eval_tokens shard_size'),
     (0, 2**62, 'max_tokens'),
     (0, 2**63 - 1, 'seed'),
-    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature'),
+    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature '
+              'lora_alpha'),
     (TINY, HUGE, 'rope_theta norm_eps adam_eps repetition_penalty dist_timeout'),
     (0, 1 - 2**-53, 'dropout beta1 beta2'),
     (TINY, 1, 'wsd_decay mfu top_p'),

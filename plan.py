@@ -68,17 +68,17 @@ def memory(model, config, gpus):
     c, layout = model.config, config['parallel']
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = [p.numel() for name, p in model.named_parameters()
-              if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2]
-    n = sum(sizes.values())
+              if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2 and p.requires_grad]
+    n, trained = sum(sizes.values()), [p.numel() for p in model.parameters() if p.requires_grad]  # with lora_rank, adapters
     shards = gpus // config['replicas'] if layout == 'fsdp' else 1
     if layout == 'zero1':
-        rest = list(sizes.values())
+        rest = list(trained)
         for size in hidden:
             rest.remove(size)
         optimizer = 8 * fullest_share(rest, gpus) + 4 * fullest_share(hidden, gpus)
     else:
-        optimizer = 8 * (n - sum(hidden)) / shards + 4 * sum(hidden) / shards
-    parts = {'weights': 4 * n / shards, 'gradients': 4 * n / shards, 'optimizer': optimizer}
+        optimizer = 8 * (sum(trained) - sum(hidden)) / shards + 4 * sum(hidden) / shards
+    parts = {'weights': 4 * n / shards, 'gradients': 4 * sum(trained) / shards, 'optimizer': optimizer}
     b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
     if layout == 'fsdp':
         if config['cpu_offload']:

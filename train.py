@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, files, log, objectives, optimizers
+from common import checkpoint, distributed, files, log, lora, objectives, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from configurator import UserError, configure, given
@@ -85,6 +85,8 @@ embedding_norm = False  # normalise the embeddings, before the first block
 tie_embeddings = True  # the head uses the token embedding's weights
 zero_init = False  # projections back into the residual stream start at zero
 softcap = 0.0  # bound the logits by softcap * tanh(logits / softcap); 0 disables
+lora_rank = 0  # finetune adapters of this rank (LoRA), and freeze the weights of init_from; 0: train the weights
+lora_alpha = 0.0  # the adapters' scale, times lora_rank; 0: 2 * lora_rank
 # optimizer
 optimizer = 'adamw'  # or 'muon', for the matrices inside the blocks
 learning_rate = 6e-4  # peak learning rate
@@ -137,6 +139,7 @@ def check_settings():
     for unused, names, reason in (
             (not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
             (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
+            (not lora_rank, 'lora_alpha', 'lora_rank is 0'),
             (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
             ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
         if unused and (names := [name for name in names.split() if name in given]):
@@ -179,11 +182,14 @@ def get_model():
         found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
         source = distributed.all_gather(found)[0]
     if source == 'scratch':
+        if lora_rank:
+            raise UserError(f'lora_rank={lora_rank} adapts trained weights: name them with --init_from')
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
         return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), tokenizer.name, None, ''
     path = checkpoint.resume_path(source, out_dir)
     if not path:
-        return *checkpoint.pretrained(source, dropout=dropout), None, ''
+        model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
+        return lora.add(model, lora_rank, lora_alpha), vocabulary, None, ''
     saved = checkpoint.load(path, resume=True)
     taken, changed = checkpoint.compare_settings(saved, path, config, given)
     config.update(taken)
