@@ -47,6 +47,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # the head uses the token embedding's weights
     zero_init: bool = False  # the projections back into the residual stream and an untied head start at zero
     softcap: float = 0.0  # logits are squeezed into ±softcap by a tanh (Gemma 2, arXiv:2408.00118); 0 is off
+    causal: bool = True  # a token attends to those before it; False: to all, for masked language models
     lora_rank: int = 0  # of the adapters that are trained instead of the weights (common/lora.py); 0 is none
     lora_alpha: float = 0.0  # the adapters' scale, times lora_rank; 0 is 2 * lora_rank
 
@@ -179,7 +180,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D), S = everything so far
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=config.causal and mask is None and T > 1,
             dropout_p=config.dropout if self.training else 0.0,
             enable_gqa=config.n_kv_head != config.n_head)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
@@ -321,7 +322,7 @@ class GPT(nn.Module):
         """Hidden states (B, T, C), after the last normalisation, of token ids idx (B, T) int64.
 
         positions: (T,) or (B, T) int64, each token's place in its text; by default 0 … T-1, after what cache holds.
-        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default causal.
+        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default GPTConfig's causal.
         cache: from new_cache(); these T tokens are appended to it.
         """
         T = idx.size(1)

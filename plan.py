@@ -150,7 +150,8 @@ def report(config):
         '                      (each for the text and the tokenizer of its paper)', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
-        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}', '',
+        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',
+        *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
     for gpu, (peak, size) in GPUS.items():
