@@ -37,7 +37,7 @@ RANGES = (
                    'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
     (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
                    'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
-                   'step characters lora_rank'),
+                   'step characters processes lora_rank'),
     (1, 2**62, 'total_batch_size eval_tokens shard_size'),
     (0, 2**62, 'max_tokens'),
     (0, 2**63 - 1, 'seed'),

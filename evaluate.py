@@ -22,7 +22,7 @@ from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
 from configurator import UserError, configure, given
 from data.dataset import Split
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, tokenizer_name
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # where ckpt.pt is
@@ -92,8 +92,9 @@ if __name__ == '__main__':
     dtype = pick_dtype(dtype, device)
     model, name = load_model(init_from, out_dir, device)
     data = Split(dataset, split)
-    if data.tokenizer != name:
-        raise UserError(f'{dataset} is tokenized with {data.tokenizer}, but the model reads {name} tokens')
+    if tokenizer_name(data.tokenizer) != tokenizer_name(name):
+        raise UserError(f'{dataset} is tokenized with {tokenizer_name(data.tokenizer)}, but the model reads '
+                        f'{tokenizer_name(name)} tokens')
     block_size = block_size or model.config.block_size
     stride = stride or block_size
     if not stride <= block_size <= model.config.block_size:
@@ -112,8 +113,10 @@ if __name__ == '__main__':
         print(f'pseudo-perplexity  {math.exp(min(700, loss / count)):.2f}')
     else:
         loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
-        lengths = [len(get_tokenizer(name).decode_bytes([i])) for i in range(data.vocab_size)]
-        lengths[data.eot] = 0  # the end of a text is no byte of it
+        tokenizer = get_tokenizer(name)
+        lengths = [len(tokenizer.decode_bytes([i])) for i in range(data.vocab_size)]
+        if not tokenizer.eot_is_text:
+            lengths[data.eot] = 0  # the end of a text is no byte of it
         n_bytes = int(np.bincount(tokens[1:], minlength=data.vocab_size) @ lengths)
         print(f'{count - 1:,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
         print(f'loss           {loss / (count - 1):.4f} nats a token')

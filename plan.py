@@ -4,8 +4,8 @@ What a run of train.py will need, worked out before it is paid for.
     python plan.py config/gpt2_xl.py --gpus=8
     python plan.py --budget=1e19                # the model and the tokens that make the most of that compute
 
-It takes train.py's settings and its own. Nothing is trained and nothing allocated: the model is built on PyTorch's meta device, where tensors have shapes and
-no memory.
+It takes train.py's settings and its own. Nothing is trained and nothing allocated: the model is built on PyTorch's meta
+device, where tensors have shapes and no memory.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 
 from common import distributed, laws
 from common.device import GPUS
+from common.optimizers import muon_memory
 from configurator import UserError, configure, given
 from data.dataset import Split
 from data.loader import parse_mixture
@@ -54,32 +55,19 @@ def predicted_loss(n, n_non_embedding, tokens):
     return chinchilla, kaplan
 
 
-def fullest_share(sizes, processes):
-    """The most parameters that one process has when ZeroRedundancyOptimizer deals out tensors of these sizes, the
-    largest first, each to the process that has least."""
-    shares = [0] * processes
-    for size in sorted(sizes, reverse=True):
-        shares[shares.index(min(shares))] += size
-    return max(shares)
-
-
 def memory(model, config, gpus):
     """{part: bytes} on the fullest device; float32 weights, gradients and optimizer, whatever the dtype."""
     c, layout = model.config, config['parallel']
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    hidden = [p.numel() for name, p in model.named_parameters()
+    hidden = [tuple(p.shape) for name, p in model.named_parameters()
               if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2 and p.requires_grad]
-    n, trained = sum(sizes.values()), [p.numel() for p in model.parameters() if p.requires_grad]  # with lora_rank, adapters
-    shards = gpus // config['replicas'] if layout == 'fsdp' else 1
-    if layout == 'zero1':
-        rest = list(trained)
-        for size in hidden:
-            rest.remove(size)
-        optimizer = 8 * fullest_share(rest, gpus) + 4 * fullest_share(hidden, gpus)
-    else:
-        optimizer = 8 * (sum(trained) - sum(hidden)) / shards + 4 * sum(hidden) / shards
-    parts = {'weights': 4 * n / shards, 'gradients': 4 * sum(trained) / shards, 'optimizer': optimizer}
+    n, n_hidden = sum(sizes.values()), sum(math.prod(shape) for shape in hidden)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # with lora_rank, the adapters
+    shards = {'ddp': 1, 'zero1': gpus, 'fsdp': gpus // config['replicas']}[layout]
+    parts = {'weights': 4 * n / shards, 'gradients': 4 * trained / shards, 'optimizer': (8 * trained - 4 * n_hidden) / shards}
     b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
+    if layout == 'zero1':
+        parts['gathered'] = 4 * (n + trained)  # weights and gradients are whole from the first micro-batch to the last
     if layout == 'fsdp':
         if config['cpu_offload']:
             parts = dict.fromkeys(parts, 0)
@@ -87,6 +75,8 @@ def memory(model, config, gpus):
         outside = n - block * c.n_layer
         # two blocks, since the next is fetched while one computes; the embeddings and their gradient in float32
         parts['gathered'] = 2 * b * block + 8 * outside
+    if hidden:  # while it updates, when the activations are gone
+        parts['muon'] = muon_memory(hidden, gpus)
 
     # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations in
     # float32, and in the dtype their outputs, q, k, v, attention's output, and the MLP before and after its activation
@@ -97,7 +87,8 @@ def memory(model, config, gpus):
     layers = 4 * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
     head = (b if config['compile'] else b + 8) * c.padded_vocab_size  # the logits; eager, also twice in float32
     parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
-    return parts
+    parts['muon'] = max(0, parts.get('muon', 0) - parts['activations'])
+    return {part: size for part, size in parts.items() if size or part != 'muon'}
 
 
 def remedy(model, config, gpus, room):

@@ -28,7 +28,7 @@ text_key = 'text'  # the column that holds the text
 txt_split = 'file'  # a document in a text file: the 'file', a 'line', or, for large files, between 'blank' lines
 skip_bad = False  # skip and count documents that cannot be read, rather than stop and name the first
 # how it is prepared
-tokenizer = 'gpt2'  # or 'bytes'
+tokenizer = 'gpt2'  # or 'bytes', 'cl100k_base' …, a folder with a tokenizer.json (train_tokenizer.py), a hub model
 max_tokens = 0  # stop after this many tokens; 0: no limit
 clean = False  # clean the text, drop poor documents and exact duplicates (the rules are in data/clean.py)
 dedup = ''  # 'exact' or 'minhash': drop duplicates, or near duplicates too

@@ -26,7 +26,7 @@ from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from configurator import UserError, configure, given
 from data.loader import Loader
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, to_record, tokenizer_name
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -114,6 +114,7 @@ parallel = 'ddp'  # 'zero1' shards the optimizer state over processes, 'fsdp' we
 replicas = 1  # with fsdp: number of model replicas (HSDP); one per node reduces traffic
 sharded_checkpoints = False  # with fsdp: each process writes its shards, into a folder beside ckpt.pt
 cpu_offload = False  # with fsdp: weights and optimizer state stay in CPU memory between uses
+bfloat16_residual = False  # with dtype=bfloat16: the residual stream too, which saves memory traffic
 activation_checkpointing = False  # recompute each block in the backward pass, to save activation memory
 dist_timeout = 600  # abort after waiting this many seconds for a missing rank
 backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
@@ -184,7 +185,7 @@ lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving a
 
 
 def get_model():
-    """(GPT on the CPU, name of its tokenizer, checkpoint to resume or None, its path), as init_from says."""
+    """(GPT on the CPU, its tokenizer for get_tokenizer, checkpoint to resume or None, its path), as init_from says."""
     source = init_from
     if source == 'auto' or source.startswith('resume:') and distributed.restarts:
         found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
@@ -194,7 +195,7 @@ def get_model():
             raise UserError(f'lora_rank={lora_rank} adapts trained weights: name them with --init_from')
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
         args |= {'vocab_size': train_data.vocab_size, 'causal': objective != 'mlm'}
-        return GPT(GPTConfig(**args)), tokenizer.name, None, ''
+        return GPT(GPTConfig(**args)), train_data.tokenizer, None, ''
     path = checkpoint.resume_path(source, out_dir)
     if not path:
         model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
@@ -211,6 +212,7 @@ def get_model():
 
 def fit_model(model, vocabulary):
     """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
+    vocabulary = tokenizer_name(vocabulary)
     if vocabulary != tokenizer.name:
         raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
     longer = block_size > model.config.block_size
@@ -230,7 +232,7 @@ def fit_model(model, vocabulary):
 try:
     model, vocabulary, resumed, resumed_path = get_model()
     fit_model(model, vocabulary)
-    model.activation_checkpointing = activation_checkpointing
+    model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
     criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled)
@@ -346,7 +348,7 @@ def save(best=False):
     """Write what an exact resume needs, in the background once it is copied."""
     state = (checkpoint.sharded_state(model, opts, out_dir) if sharded_checkpoints
              else distributed.training_state(model, opts))
-    state |= {'model_args': asdict(model.config), 'tokenizer': tokenizer.name, 'config': config, 'iter_num': step,
+    state |= {**to_record(tokenizer), 'model_args': asdict(model.config), 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
               **skip_rule.state_dict()}
@@ -413,6 +415,7 @@ if saving:  # from here on out_dir is this run's
         if resumed_path != ckpt_path:
             log.archive_previous_run(out_dir, after=step)
         log.rewind(log_path, step)
+    checkpoint.keep_tokenizer(tokenizer, out_dir)
     run_log = log.Log(log_path, started)
     run_log.write({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
                'data': train_data.state_dict()})
@@ -453,7 +456,7 @@ while True:
             stop = True
         else:
             write_log(result)
-            if checkpoint_due and result['val_loss'] < best_val_loss:
+            if due(eval_interval) and step > 0 and not eval_only and result['val_loss'] < best_val_loss:
                 best_val_loss = result['val_loss']
                 if always_save_checkpoint:
                     checkpoint.keep_best(out_dir)

@@ -26,6 +26,7 @@ import torch
 
 from common import convert, distributed, files, lora
 from data.errors import UserError
+from data.tokenizer import from_record, keep_files
 
 NAME = 'ckpt.pt'  # in out_dir
 SHARDS = re.compile(r'shards_\d{6,}')  # a folder in out_dir
@@ -73,10 +74,23 @@ def save(checkpoint, out_dir, best=False, keep=0):
         writing = distributed.in_background(write, checkpoint, Path(out_dir), best, keep)
 
 
+def keep_tokenizer(tokenizer, out_dir):
+    """Write the files of a tokenizer that has some into out_dir, where load finds them."""
+    def write(path, content):
+        with files.atomic_write(path) as f:
+            f.write(content)
+
+    try:
+        keep_files(tokenizer, out_dir, write)
+    except OSError as error:
+        raise UserError(f'the tokenizer cannot be written into {out_dir}: {files.reason(error)}') from None
+
+
 def keep_best(out_dir):
-    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it. All processes call it."""
+    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it, or this run resumed from it. All
+    processes call it."""
     def copy(written=writing):
-        if written and written.result():
+        if written.result() if written else Path(out_dir, NAME).exists():
             warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, Path(out_dir, NAME))
 
     if distributed.master:
@@ -194,6 +208,7 @@ def load(path, device='cpu', resume=False):
     if 'shards' in checkpoint:
         add_shards(checkpoint, path)
     check_weights(checkpoint, path)
+    checkpoint['tokenizer'] = from_record(checkpoint, os.path.dirname(path))
     return checkpoint
 
 
@@ -246,7 +261,7 @@ def check_entries(checkpoint, path, resume):
             raise UserError(f'{path}: {name} holds a tensor that is not dense')
         todo += [(name, y) for y in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ())]
     is_a(dict, 'model', 'model_args')
-    is_a(str, 'tokenizer')
+    is_a(str, 'tokenizer', *['tokenizer_sha256'] * ('tokenizer_sha256' in checkpoint))
     if 'shards' in checkpoint:
         expect(isinstance(checkpoint['shards'], str) and SHARDS.fullmatch(checkpoint['shards']), 'shards',
                'the name of a folder beside it, such as shards_000000')
@@ -392,7 +407,7 @@ def model_from(checkpoint, **overrides):
 
 
 def pretrained(init_from, **overrides):
-    """(GPT on the CPU, name of its tokenizer): a checkpoint's file, nanoGPT's ckpt.pt and build-nanogpt's
+    """(GPT on the CPU, its tokenizer for get_tokenizer): a checkpoint's file, nanoGPT's ckpt.pt and build-nanogpt's
     model_*.pt too, or what GPT.from_pretrained takes. Its adapters are merged into its weights. overrides: GPTConfig fields
     that change no weight."""
     if init_from.endswith('.pt'):
@@ -404,7 +419,7 @@ def pretrained(init_from, **overrides):
 
 
 def load_model(init_from, out_dir, device):
-    """(model, name of its tokenizer) for sampling and evaluation: init_from is as in resume_path, else in pretrained."""
+    """(model, its tokenizer for get_tokenizer) for sampling and evaluation: init_from is as in resume_path, else in pretrained."""
     if init_from in ('scratch', 'auto'):
         raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
     model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)

@@ -44,9 +44,10 @@ class Family(NamedTuple):
 ROPE = dict.fromkeys(('rope_theta', 'rope_type', 'rope_factor', 'rope_original_context', 'rope_low_freq_factor',
                       'rope_high_freq_factor', 'rope_attention_factor'))  # read_rope and write_rope translate them
 LLAMA_FIELDS = dict(block_size=('max_position_embeddings', ...), vocab_size=('vocab_size', ...),
-                    n_layer=('num_hidden_layers', ...), n_head=('num_attention_heads', ...), n_embd=('hidden_size', ...),
-                    n_kv_head=('num_key_value_heads', 0), head_size=('head_dim', 0), n_mlp=('intermediate_size', ...),
-                    norm_eps=('rms_norm_eps', 1e-6), tie_embeddings=('tie_word_embeddings', False))
+                    n_layer=('num_hidden_layers', ...), n_head=('num_attention_heads', ...),
+                    n_embd=('hidden_size', ...), n_kv_head=('num_key_value_heads', 0), head_size=('head_dim', 0),
+                    n_mlp=('intermediate_size', ...), norm_eps=('rms_norm_eps', 1e-6),
+                    tie_embeddings=('tie_word_embeddings', False))
 LLAMA_NAMES = {
     'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head'],
     'transformer.h.*.ln_1': ['model.layers.*.input_layernorm'],
@@ -154,7 +155,8 @@ def find(name, file, optional=False):
         if optional:
             return None
         if isinstance(error, LocalEntryNotFoundError):
-            raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be reached') from None
+            raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be '
+                            'reached') from None
         raise UserError(f'{name} on the Hugging Face hub holds no {file}') from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f'{name}: could not download {file} from the Hugging Face hub: '
@@ -182,7 +184,7 @@ def read_tensors(name):
     if not files[0]:  # larger models come in parts
         index = find(name, 'model.safetensors.index.json', optional=True)
         if not index:
-            old = find(name, 'pytorch_model.bin', optional=True) or find(name, 'pytorch_model.bin.index.json', optional=True)
+            old = any(find(name, f'pytorch_model.bin{end}', optional=True) for end in ('', '.index.json'))
             raise UserError(f'{name} holds no model.safetensors' + (
                 ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers '
                 'writes one' if old else ': a folder written by save_pretrained does'))
@@ -247,14 +249,16 @@ def translate(name, family, config, theirs, biases):
     if missing := [key for key in keys if key not in theirs]:
         raise UserError(f'{name}: of the weights that config.json asks for, {listed(missing)} missing')
     if unknown := theirs.keys() - {*keys, 'lm_head.weight'}:
-        raise UserError(f'{name}: the weights hold what config.json has no place for: {listed(sorted(unknown))} left over')
+        raise UserError(f'{name}: the weights hold what config.json has no place for: '
+                        f'{listed(sorted(unknown))} left over')
     weights = {}
     for ours, (shape, keys) in expected.items():
         parts = []
         for key, n in zip(keys, rows(ours, keys, shape, config)):
             w, wanted = theirs[key], turn(family, key, torch.empty(n, *shape[1:], device='meta'), config).shape
             if w.shape != wanted:
-                raise UserError(f'{name}: {key} has the shape {tuple(w.shape)}, and config.json asks for {tuple(wanted)}')
+                raise UserError(f'{name}: {key} has the shape {tuple(w.shape)}, and config.json asks for '
+                                f'{tuple(wanted)}')
             if not w.isfinite().all():
                 raise UserError(f'{name}: {key} has values that are not finite')
             parts.append(turn(family, key, w, config).float())
@@ -275,7 +279,8 @@ def read_fields(family, hf, path):
     from model import GPTConfig
     for setting, known in family.settings.items():
         if hf.get(setting, known[0]) not in known:
-            raise UserError(f'{path}: {setting}={short(hf[setting])} has no counterpart in GPTConfig, only {known[0]!r}')
+            raise UserError(f'{path}: {setting}={short(hf[setting])} has no counterpart in GPTConfig, '
+                            f'only {known[0]!r}')
     kinds = hf.get('layer_types') or []
     if not isinstance(kinds, list) or any(kind != 'full_attention' for kind in kinds):
         raise UserError(f"{path}: layer_types={short(kinds)} has no counterpart in GPTConfig, only 'full_attention'")
@@ -297,7 +302,8 @@ def read_fields(family, hf, path):
             if ours not in family.fields and value != getattr(GPTConfig, ours):
                 raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')
         fields |= {ours: value for ours, value in rope.items() if ours in family.fields}
-    biases = {part: typed(hf.get(setting, False), bool, f'{path}: {setting}') for part, setting in family.biases.items()}
+    biases = {part: typed(hf.get(setting, False), bool, f'{path}: {setting}')
+              for part, setting in family.biases.items()}
     if family.biases:
         biases.setdefault('mlp', False)
     return fields | {'bias': not biases or any(biases.values())}, biases
@@ -353,7 +359,8 @@ def read_rope(hf, path):
         original = hf.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or 0
         fields['rope_original_context'] = typed(original, int, f'{path}: original_max_position_embeddings')
     if kind == 'llama3':
-        fields |= dict(rope_low_freq_factor=get('low_freq_factor', ...), rope_high_freq_factor=get('high_freq_factor', ...))
+        fields |= dict(rope_low_freq_factor=get('low_freq_factor', ...),
+                       rope_high_freq_factor=get('high_freq_factor', ...))
     if kind == 'yarn':
         factor, scale, all_dim = fields['rope_factor'], get('mscale', 0.0), get('mscale_all_dim', 0.0)
 
@@ -393,7 +400,7 @@ def check_folder(folder):
 
 def save(folder, config, state_dict, tokenizer, dtype='float32'):
     """Write config.json, model.safetensors and the tokenizer's files of a GPTConfig and our state dict (vocabulary not
-    padded). tokenizer: its name. Raises UserError if a file is there already, or names the GPTConfig field that
+    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or names the GPTConfig field that
     transformers has no class for."""
     if dtype not in DTYPES:
         raise UserError(f'dtype={dtype} is not one of {", ".join(DTYPES)}')
@@ -402,7 +409,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     family = FAMILIES[name]
     check_exportable(config, name)
     tokenizer = get_tokenizer(tokenizer)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:  # some models have more ids than their tokenizers
         raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
     hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
               dtype=dtype, torch_dtype=dtype)
@@ -420,7 +427,8 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
             weights[key] = turn(family, key, part, config).to(DTYPES[dtype]).contiguous()
             if not weights[key].isfinite().all():
                 raise UserError(f'{key} has values that are not finite' + f' in {dtype}' * bool(part.isfinite().all()))
-    write_folder(Path(folder).expanduser(), weights, tokenizer_files(tokenizer, config.block_size) | {'config.json': hf})
+    files = tokenizer_files(tokenizer, config.block_size) | {'config.json': hf}
+    write_folder(Path(folder).expanduser(), weights, files)
 
 
 def check_exportable(config, name):
@@ -436,8 +444,8 @@ def check_exportable(config, name):
                         f'n_head={config.n_head}')
     for field, value in plain.items():
         if fields[field] != value and field not in (*family.fields, *TRAINING):
-            raise UserError(f'transformers has no class for {field}={fields[field]!r}: with position={config.position!r} '
-                            f'its {family.kind} comes nearest, and that has {field}={value!r}')
+            raise UserError(f'transformers has no class for {field}={fields[field]!r}: with position='
+                            f'{config.position!r} its {family.kind} comes nearest, and that has {field}={value!r}')
 
 
 def write_folder(folder, weights, files):
@@ -522,8 +530,8 @@ def pad_vocab(state_dict, rows):
 # tokenizers
 
 def tokenizer_of(vocab_size, where):
-    """The tokenizer of a folder or hub model with that many ids: a name in TOKENIZERS, or the path of its tokenizer.json.
-    Where it has no tokenizer, the one with as many ids."""
+    """The tokenizer of a folder or hub model with that many ids: a name in TOKENIZERS, or the path of its
+    tokenizer.json. Where it has no tokenizer, the one with as many ids."""
     path = find(where, 'tokenizer.json', optional=True)
     if path or (older := find(where, 'vocab.json', optional=True)):
         vocabulary = vocabulary_of(path or older)

@@ -14,7 +14,7 @@ import filelock
 from data.errors import UserError
 
 LOCK = '.lock'  # in out_dir
-TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl)\.[0-9a-f]{12}\.tmp')  # what a killed atomic_write leaves
+TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)\.[0-9a-f]{12}\.tmp')  # what a killed atomic_write leaves
 
 
 def lock(out_dir, timeout=0):

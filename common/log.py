@@ -139,6 +139,8 @@ def archive_previous_run(out_dir, after=None):
     earlier = sorted([*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')])
     stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
     earlier = [path for path in earlier if path not in stay]
+    if after is None and any('ckpt' in path.name for path in earlier):
+        earlier += out_dir.glob('tokenizer*.json')  # the checkpoints'
     if not earlier:
         return
     n = next(n for n in itertools.count(1) if not any(out_dir.glob(f'{n}.*')))
@@ -207,7 +209,7 @@ class Wandb(Tracker):
         if bad := set(project) & set('/\\#?%:'):
             raise UserError(f"wandb_project={project}: Weights & Biases allows no '{min(bad)}' in a project's name")
         import wandb
-        how = dict(project=project, name=run_name, config=config, dir=out_dir)
+        how, hook = dict(project=project, name=run_name, config=config, dir=out_dir), sys.excepthook
         try:
             self.run = wandb.init(**how, settings=wandb.Settings(init_timeout=60))
         except wandb.errors.CommError as error:
@@ -215,6 +217,14 @@ class Wandb(Tracker):
                 raise
             self.run = wandb.init(**how, mode='offline')
             print(f'Weights & Biases does not answer: logged to {self.run.dir}, to be sent by `wandb sync`', file=sys.stderr)
+
+        def report(*error):  # instead of wandb's hook, which prints a traceback of every error
+            try:
+                hook(*error)
+            finally:
+                self.attempt(self.run.finish, 1)
+
+        sys.excepthook = report
 
     def send(self, values, step):
         self.run.log(values, step=step)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from common import checkpoint, distributed
 from data.errors import UserError
+from data.tokenizer import tokenizer_name
 
 
 class Objective:
@@ -51,7 +52,7 @@ def load_teacher(source, block_size, model_config, tokenizer):
     """A frozen GPT, on the CPU; source as in checkpoint.pretrained. Raises UserError unless its tokens are the model's,
     its attention too, and its context is long enough."""
     teacher, its_tokenizer = checkpoint.pretrained(source)
-    its, ours = teacher.config, model_config
+    its, ours, its_tokenizer = teacher.config, model_config, tokenizer_name(its_tokenizer)
     if (its_tokenizer, its.vocab_size) != (tokenizer, ours.vocab_size):
         raise UserError(f'the teacher {source} reads {its_tokenizer} tokens, {its.vocab_size} of them, and the model '
                         f'{tokenizer} tokens, {ours.vocab_size} of them')

@@ -3,7 +3,8 @@ The dataset format, read: a split of a dataset is one stream of token ids, store
 
 A dataset is a folder of `train_000000.npy` ..., `val_000000.npy` ... (1-D uint16 or uint32; the end-of-text id precedes
 each document, and a document may continue in the next shard) with a `meta.json` that names the tokenizer and lists
-every shard with its tokens and sha256. Other projects' shards need none and are read as GPT-2's tokens:
+every shard with its tokens and sha256. A tokenizer from a file has a copy there, tokenizer.json, and its sha256 in
+meta.json. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
 
     *_train_*.npy                 build-nanogpt
     *_train_*.bin, *_train.bin    llm.c, modded-nanogpt: 256 int32 (20240520, 1, tokens, 0, ...), then uint16
@@ -28,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import UserError
-from data.tokenizer import GPT2
+from data.tokenizer import GPT2, from_record, get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_NAME = re.compile(r'(train|val)_\d+\.npy')        # a name in meta.json is never a path out of the folder
@@ -42,7 +43,7 @@ OPENED, LOCK = {}, threading.Lock()                     # {shard: file}, for all
 
 
 class Meta(NamedTuple):
-    tokenizer: str
+    tokenizer: str      # what get_tokenizer takes
     vocab_size: int
     eot: int
     shards: list        # a Shard for each file that meta.json lists; None without meta.json
@@ -71,7 +72,7 @@ class Shard:
 
 class Split:
     """
-    One split of a dataset. Attributes: folder, tokenizer (its name), vocab_size, eot, dtype, shards, n_tokens.
+    One split of a dataset. Attributes: folder, tokenizer (for get_tokenizer), vocab_size, eot, dtype, shards, n_tokens.
 
     dataset: the name of a folder under data/, or a path
     check: open every shard and check a sample of its ids. Without it, a shard that meta.json lists is first opened
@@ -172,12 +173,13 @@ def read_meta(folder):
             raise ValueError(f'it has format {meta["format"]}, and this version reads format 1')
         if not (isinstance(meta['tokenizer'], str) and type(meta['vocab_size']) is type(meta['eot']) is int):
             raise ValueError('tokenizer must be a string, vocab_size and eot integers')
+        tokenizer = from_record(meta, folder)
         if meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype is {meta["dtype"]}, not uint16 or uint32')
         check_entries(meta['shards'])
         shards = [Shard(folder / shard['file'], shard['tokens'], np.dtype(meta['dtype']), shard['sha256'])
                   for shard in meta['shards']]
-        return Meta(meta['tokenizer'], meta['vocab_size'], meta['eot'], shards)
+        return Meta(tokenizer, meta['vocab_size'], meta['eot'], shards)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -189,8 +191,8 @@ def read_meta(folder):
     if any(any(folder.glob(name)) for name in ('train_[0-9]*.npy', 'val_[0-9]*.npy')):
         raise UserError(no_meta(folder))
     if os.path.exists(folder / 'meta.pkl'):
-        raise UserError(f"{folder} has ids of characters, by nanoGPT's meta.pkl, and no tokenizer here decodes those: "
-                        'prepare its text again')
+        tokenizer = get_tokenizer(str(folder / 'meta.pkl'))
+        return Meta(str(folder / 'meta.pkl'), tokenizer.vocab_size, tokenizer.eot, None)
     return Meta(GPT2.name, GPT2.vocab_size, GPT2.eot, None)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from data.dataset import Split
 from data.errors import UserError
+from data.tokenizer import tokenizer_name
 
 AHEAD = 4       # batches prepared at once while the model is busy with the previous ones
 ROUNDS = 6      # of the permutation's Feistel network
@@ -38,7 +39,7 @@ class Loader:
 
     move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle)
 
-    Attributes: tokenizer (its name), vocab_size, eot. Raises UserError if a dataset is missing, damaged or too small,
+    Attributes: tokenizer (for get_tokenizer), vocab_size, eot. Raises UserError if a dataset is missing, damaged or too small,
     or if the mixture is invalid.
     """
 
@@ -51,9 +52,10 @@ class Loader:
         self.tokenizer, self.vocab_size, self.eot = (
             self.splits[0].tokenizer, self.splits[0].vocab_size, self.splits[0].eot)
         for data in self.splits:
-            if data.tokenizer != self.tokenizer:
-                raise UserError(f'{self.splits[0].folder} has the tokenizer {self.tokenizer} and {data.folder} has '
-                                f'{data.tokenizer}: a mixture needs one tokenizer')
+            first, other = tokenizer_name(self.tokenizer), tokenizer_name(data.tokenizer)
+            if first != other:
+                raise UserError(f'{self.splits[0].folder} has the tokenizer {first} and {data.folder} has {other}: '
+                                'a mixture needs one tokenizer')
             if data.n_tokens <= block_size:
                 raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one '
                                 f'block of block_size={block_size} and the token that follows it')

@@ -27,7 +27,7 @@ from data import clean as cleaning
 from data.dataset import START_OVER, Shard, check_entries, no_meta
 from data.download import TEMPORARY, write
 from data.errors import UserError
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, keep_files, to_record
 from data.workers import in_order, interruptible, workers
 
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
@@ -53,20 +53,22 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
         raise UserError(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
     if not str(out_dir):
         raise UserError('out_dir is empty: name the folder to write to')
-    settings = {'tokenizer': get_tokenizer(tokenizer).name, 'shard_size': shard_size, 'max_tokens': max_tokens,
+    tokenizer = get_tokenizer(tokenizer)
+    settings = {'tokenizer': tokenizer.name, 'shard_size': shard_size, 'max_tokens': max_tokens,
                 'clean': clean, 'dedup': dedup, **settings}
     corpora = {'val': val, 'train': train} if val else {'': train}
     out_dir = Path(os.path.expanduser(out_dir))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with locked(out_dir), interruptible() as check_interrupt:
-            state = load_state(out_dir, source, settings, corpora)
+            state = load_state(out_dir, source, settings, corpora, tokenizer.dtype)
             if 'format' not in state:
                 num_proc = num_proc or cores()
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
-                write_shards(out_dir, corpora, state, num_proc, total, check_interrupt)
-                state = write_meta(out_dir, state)
+                spec = keep_files(tokenizer, out_dir, write)
+                write_shards(out_dir, corpora, state, spec, num_proc, total, check_interrupt)
+                state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
     except KeyboardInterrupt:
@@ -77,10 +79,12 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     report(out_dir, state, 'its own text' if val else 'of the same text')
 
 
-def write_shards(out_dir, corpora, state, num_proc, total, check_interrupt):
-    """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date."""
+def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_interrupt):
+    """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date. tokenizer: for
+    get_tokenizer."""
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism, num_proc of them
     settings, shards, order = state['settings'], state['shards'], [*corpora, 'end']
-    tokenizer, shard_size, max_tokens = (settings[name] for name in ('tokenizer', 'shard_size', 'max_tokens'))
+    shard_size, max_tokens = settings['shard_size'], settings['max_tokens']
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
     work = functools.partial(tokenize, tokenizer=tokenizer, clean=settings['clean'], dedup=settings['dedup'])
@@ -151,7 +155,7 @@ def cut_first(out_dir, shard, shards):
 def tokenize(texts, tokenizer, clean, dedup):
     """
     What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys,
-    counts): the ids, (n,) uint16; if dedup, a list of keys for each document in them; documents in and dropped.
+    counts): the ids, (n,) of the tokenizer's dtype; if dedup, a list of keys for each document in them; documents in and dropped.
     """
     counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'empty': texts.count('')})
     texts = [text for text in texts if text]
@@ -255,7 +259,7 @@ def locked(folder):
         os.close(descriptor)
 
 
-def load_state(out_dir, source, settings, corpora):
+def load_state(out_dir, source, settings, corpora, dtype):
     """
     The state of an earlier run in the folder: meta.json if it is complete, else progress.json, else the beginning.
     Raises UserError if its shards were made from something else, or are missing or damaged.
@@ -282,9 +286,8 @@ def load_state(out_dir, source, settings, corpora):
         raise UserError(f'{path} is damaged ({error!r}): {START_OVER}') from None
     if different:
         raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
-    dtype = np.dtype(get_tokenizer(settings['tokenizer']).dtype)
     for entry in state['shards']:
-        Shard(out_dir / entry['file'], entry['tokens'], dtype, entry['sha256']).open().close()
+        Shard(out_dir / entry['file'], entry['tokens'], np.dtype(dtype), entry['sha256']).open().close()
     return state
 
 
@@ -321,11 +324,10 @@ def count_tokens(shards, split):
     return sum(entry['tokens'] for entry in shards if entry['file'].startswith(split))
 
 
-def write_meta(out_dir, state):
+def write_meta(out_dir, state, tokenizer):
     """Write meta.json, which says that the dataset is complete, and return its content."""
-    tokenizer = get_tokenizer(state['settings']['tokenizer'])
     shards = sorted(state['shards'], key=lambda entry: entry['file'])
-    meta = {'format': 1, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
+    meta = {'format': 1, **to_record(tokenizer), 'vocab_size': tokenizer.vocab_size, 'eot': tokenizer.eot,
             'dtype': np.dtype(tokenizer.dtype).name,
             'tokens': {split: count_tokens(shards, split) for split in ('train', 'val')},
             'documents': state['resume']['counts'], 'source': state['source'], 'settings': state['settings'],

@@ -1,16 +1,25 @@
 """
-Tokenizers by name: text to token ids and back. There are two:
+Tokenizers: text to token ids and back. get_tokenizer takes
 
-    gpt2   GPT-2's byte pair encoding, 50,257 ids (tiktoken fetches its vocabulary once)
-    bytes  a text's UTF-8 bytes and one end-of-text id, 257 ids, nothing to fetch
+    gpt2           GPT-2's byte pair encoding, 50,257 ids (tiktoken fetches its vocabulary once)
+    bytes          a text's UTF-8 bytes and one end-of-text id, 257 ids, nothing to fetch
+    cl100k_base …  any encoding of tiktoken's
+    data/tok       a tokenizer.json (byte-level BPE, WordPiece, Unigram …): its path, its folder, or a model on the hub
+    meta.pkl       nanoGPT's characters: its path or its folder
 
     tokenizer = get_tokenizer('gpt2')
     tokenizer.encode('Hello world')  # array([15496, 995], dtype=uint16)
 
-A further tokenizer is a class with the same members and a row in TOKENIZERS.
+Another tokenizer is a class with Tokenizer's members and a row in TOKENIZERS.
 """
 import functools
+import hashlib
+import json
 import math
+import os
+import pickle
+import pickletools
+from pathlib import Path
 
 import numpy as np
 
@@ -19,49 +28,77 @@ from data.errors import UserError
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text id is written; the same characters in a text are only text
 
 
-class GPT2:
-    name, vocab_size, eot, dtype = 'gpt2', 50257, 50256, np.uint16
-
-    def __init__(self):
-        import tiktoken  # here, because nobody needs it for bytes
-        try:
-            self.bpe = tiktoken.get_encoding('gpt2')
-        except Exception as error:  # requests' errors, or tiktoken's ValueError for a damaged download
-            raise UserError(f"the GPT-2 vocabulary could not be fetched ({type(error).__name__}): go online once, "
-                            'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes')
-
-    def encode(self, text):
-        """The ids of `text`, (n,) uint16. It holds no special tokens: '<|endoftext|>' in it is ordinary text."""
-        return self.bpe.encode_to_numpy(valid(text), disallowed_special=()).astype(self.dtype)
-
-    def encode_documents(self, texts):
-        """The ids of many texts, each preceded by the end-of-text id, (n,) uint16.
-
-        One call into tiktoken for all of them, which runs without Python's lock, so that threads use all cores.
-        """
-        joined = valid(END_OF_TEXT + END_OF_TEXT.join(texts))
-        if joined.count(END_OF_TEXT) != len(texts):  # a text holds these characters itself: one by one
-            eot = np.array([self.eot], self.dtype)
-            return np.concatenate([eot[:0], *(part for text in texts for part in (eot, self.encode(text)))])
-        return self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(self.dtype)
-
-    def decode_bytes(self, ids):
-        return self.bpe.decode_bytes(plain(ids))
+class Tokenizer:
+    """
+    name: tells it from every other one; vocab_size: the largest id plus 1; eot: the end-of-text id; dtype: of its ids
+    eot_is_text: eot also occurs within texts
+    files: {name: bytes} that a dataset or a run keeps of it; none where the name is enough
+    encode(text): (n,) ids of self.dtype, never eot: no characters of a text are a special token
+    encode_documents(texts): (n,) ids of many texts, each preceded by eot
+    decode_bytes(ids): what each id stands for in the middle of a text, joined
+    """
+    eot_is_text, files = False, {}
 
     def decode(self, ids):
         """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
 
-class Bytes:
+class Tiktoken(Tokenizer):
+    """An encoding of tiktoken's, or of a plugin's."""
+
+    def __init__(self, name):
+        import tiktoken  # here, because nobody needs it for bytes
+        try:
+            self.bpe = tiktoken.get_encoding(name)
+        except Exception as error:  # requests' errors, or tiktoken's ValueError for a damaged download
+            called = 'GPT-2' if name == 'gpt2' else name
+            raise UserError(f'the {called} vocabulary could not be fetched ({type(error).__name__}): go online once, '
+                            'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
+        if END_OF_TEXT not in self.bpe.special_tokens_set:
+            raise UserError(f'the tokenizer {name} has no {END_OF_TEXT}, only {listed(self.bpe.special_tokens_set)}')
+        self.name, self.vocab_size, self.eot = name, self.bpe.n_vocab, self.bpe.eot_token
+        self.dtype = smallest_dtype(self.vocab_size)
+
+    def encode(self, text):
+        return self.bpe.encode_to_numpy(valid(text), disallowed_special=()).astype(self.dtype)
+
+    def encode_documents(self, texts):
+        """One call into tiktoken for all of them, which runs without Python's lock, so that threads use all cores."""
+        joined = valid(END_OF_TEXT + END_OF_TEXT.join(texts))
+        if joined.count(END_OF_TEXT) != len(texts):  # a text holds these characters itself: one by one
+            eot = np.array([self.eot], self.dtype)
+            return np.concatenate([eot[:0], *(part for text in texts for part in (eot, self.encode(text)))])
+        return self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=()).astype(self.dtype)
+
+    def decode_bytes(self, ids):
+        ids = plain(ids)
+        try:
+            return self.bpe.decode_bytes(ids)
+        except KeyError:  # cl100k_base and others have ids without a token
+            return b''.join(map(self.decode_one, ids))
+
+    def decode_one(self, i):
+        try:
+            return self.bpe.decode_single_token_bytes(i)
+        except KeyError:
+            return b''
+
+
+class GPT2(Tiktoken):
+    name, vocab_size, eot, dtype = 'gpt2', 50257, 50256, np.uint16  # known without its vocabulary
+
+    def __init__(self):
+        super().__init__('gpt2')
+
+
+class Bytes(Tokenizer):
     name, vocab_size, eot, dtype = 'bytes', 257, 256, np.uint16
 
     def encode(self, text):
-        """The UTF-8 bytes of `text`, (n,) uint16."""
         return np.frombuffer(valid(text).encode(), np.uint8).astype(self.dtype)
 
     def encode_documents(self, texts):
-        """The bytes of many texts, each preceded by the end-of-text id, (n,) uint16."""
         joined = b''.join(b'\xff' + valid(text).encode() for text in texts)  # no UTF-8 has the byte 255
         ids = np.frombuffer(joined, np.uint8).astype(self.dtype)
         ids[ids == 255] = self.eot
@@ -70,21 +107,233 @@ class Bytes:
     def decode_bytes(self, ids):
         return b''.join(END_OF_TEXT.encode() if i == self.eot else bytes([i]) for i in plain(ids))
 
+
+class TokenizerJSON(Tokenizer):
+    """
+    A tokenizer.json of the `tokenizers` library, given its content and tokenizer_config.json's (bytes, b'' for none).
+
+    The end-of-text token is tokenizer_config.json's eos_token, else the first of ENDS among the special tokens. What
+    the file says about truncation, padding and tokens around a text is not used. Raises ValueError if it is damaged.
+    """
+    ENDS = (END_OF_TEXT, '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '[EOS]', '[SEP]')
+
+    def __init__(self, content, config=b''):
+        import tokenizers
+        try:
+            self.hf = tokenizers.Tokenizer.from_str(content.decode())
+        except BaseException as error:  # a damaged file can make the library's Rust code panic, which is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        self.hf.encode_special_tokens = True  # as text
+        end = self.find_end(config)
+        vocabulary, self.eot = self.hf.get_vocab(), self.hf.token_to_id(end)
+        self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > 2**24:
+            raise ValueError(f'it has the id {self.vocab_size - 1:,}')
+        self.dtype = smallest_dtype(self.vocab_size)
+        self.byte_level = 'ByteLevel' in str(self.hf.decoder)
+        self.eot_is_text = len(end) == 1  # of Characters
+        self.end, self.sha256 = end, hashlib.sha256(content).hexdigest()
+        self.name = f'tokenizer.json {self.sha256[:12]} (end: {end!r})'
+        self.files = {'tokenizer.json': content, 'tokenizer_config.json': config or json.dumps(
+            {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end}).encode()}
+
+    def find_end(self, config):
+        """The end-of-text token, a string."""
+        end = json.loads(config or b'{}').get('eos_token')
+        end = end.get('content') if isinstance(end, dict) else end
+        special = [token.content for token in self.hf.get_added_tokens_decoder().values() if token.special]
+        for token in [end] if isinstance(end, str) else [token for token in self.ENDS if token in special]:
+            if self.hf.token_to_id(token) is not None:
+                return token
+        raise ValueError(f'it has no end-of-text token: eos_token in tokenizer_config.json is {end!r}, '
+                         f'and its special tokens are {listed(special)}')
+
+    def encode(self, text):
+        return self.encode_texts([text], [])
+
+    def encode_documents(self, texts):
+        """One call into the library for all of them, which runs without Python's lock."""
+        return self.encode_texts(texts, [self.eot])
+
+    def encode_texts(self, texts, before):
+        texts = [valid(text) for text in texts]
+        try:
+            encodings = self.hf.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # what is not in the vocabulary, and has no token that stands for it
+            missing = sorted(set().union(*texts) - self.hf.get_vocab().keys()) if self.eot_is_text else ''
+            what = f'the character {missing[0]!r}' if missing else f'this text ({error})'
+            raise UserError(f'{self.name} has no token for {what}') from None
+        ids = []
+        for encoding in encodings:
+            new = encoding.ids
+            ids += before
+            ids += new if self.eot_is_text or self.eot not in new else self.without_end(new)
+        return np.array(ids, self.dtype)
+
+    def without_end(self, ids):
+        """The ids with the end-of-text token's characters, one by one, where a vocabulary finds that token in a text."""
+        spelled = [token.id for char in self.end for token in self.hf.model.tokenize(char)]
+        return [new for i in ids for new in (spelled if i == self.eot else [i])]
+
+    @functools.cached_property
+    def pieces(self):
+        """{id: the bytes that it stands for in the middle of a text}"""
+        vocabulary = self.hf.get_vocab()
+        if self.byte_level:
+            byte_of = {char: byte for byte, char in enumerate(VISIBLE)}
+            pieces = {i: bytes(byte_of[char] for char in token) for token, i in vocabulary.items()
+                      if set(token) <= byte_of.keys()}
+        else:  # what the token adds after another one
+            anchor, before = next(((i, text) for i in vocabulary.values() if (text := self.hf.decode([i]))
+                                   and self.hf.decode([i, i]).startswith(text)), (self.eot, ''))
+            after = self.hf.decode_batch([[anchor, i] for i in vocabulary.values()], skip_special_tokens=False)
+            pieces = {i: text[len(before):].encode() for i, text in zip(vocabulary.values(), after)}
+            if 'ByteFallback' in str(self.hf.decoder):
+                pieces |= {vocabulary[token]: bytes([byte]) for byte in range(256)
+                           if (token := f'<0x{byte:02X}>') in vocabulary}
+        whole = {token.content for token in self.hf.get_added_tokens_decoder().values()} | {self.end}
+        return pieces | {vocabulary[token]: token.encode() for token in whole}
+
+    def decode_bytes(self, ids):
+        return b''.join(self.pieces.get(i, b'') for i in plain(ids))
+
     def decode(self, ids):
-        """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+        if self.byte_level:
+            return super().decode(ids)
+        return self.hf.decode(plain(ids), skip_special_tokens=False)  # knows how a text begins
+
+
+class Characters(TokenizerJSON):
+    """nanoGPT's meta.pkl, given its content: an id for each character. A text begins after a line break, as there.
+    Raises ValueError if it is damaged."""
+
+    def __init__(self, content):
+        meta = load_plain_pickle(content)
+        itos = meta.get('itos') if isinstance(meta, dict) else None
+        if not (isinstance(itos, dict) and itos and set(itos) == set(range(len(itos)))
+                and all(isinstance(char, str) and len(char) == 1 for char in itos.values())):
+            raise ValueError("it has no 'itos' with a character for each id")
+        vocabulary = {itos[i]: i for i in range(len(itos))}
+        split = dict(type='Split', pattern=dict(Regex=r'[\s\S]'), behavior='Isolated', invert=False)
+        content = dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None,
+                       pre_tokenizer=split, post_processor=None, decoder=dict(type='Fuse'),
+                       model=dict(type='WordLevel', vocab=vocabulary, unk_token='<unk>'))
+        end = {'eos_token': '\n' if '\n' in vocabulary else itos[0], 'tokenizer_class': 'PreTrainedTokenizerFast'}
+        super().__init__(json.dumps(content).encode(), json.dumps(end).encode())
 
 
 TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (GPT2, Bytes)}
 
 
-@functools.cache
-def get_tokenizer(name):
-    """The tokenizer of that name: .name, .vocab_size, .eot, .dtype, .encode, .encode_documents, .decode."""
-    if name not in TOKENIZERS:
-        raise UserError(f"no tokenizer is called '{name}': there are {' and '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+def get_tokenizer(spec):
+    """The Tokenizer that `spec` names (see above). Raises UserError."""
+    if spec in TOKENIZERS or os.path.basename(spec) == spec and spec in tiktoken_names():
+        return named(spec)
+    path = locate(spec)
+    config = config_of(path)
+    return from_file(path, config, *(os.stat(file).st_mtime_ns for file in (path, config) if file.is_file()))
 
+
+def tokenizer_name(spec):
+    """The name of the Tokenizer that `spec` names: two with the same name are the same. gpt2's needs no vocabulary."""
+    return spec if spec in TOKENIZERS else get_tokenizer(spec).name
+
+
+@functools.cache
+def named(name):
+    return TOKENIZERS[name]() if name in TOKENIZERS else Tiktoken(name)
+
+
+def tiktoken_names():
+    import tiktoken
+    return tiktoken.list_encoding_names()
+
+
+def locate(spec):
+    """The path of the tokenizer.json or meta.pkl that `spec` names."""
+    path = Path(os.path.expanduser(spec))
+    for file in [path / 'tokenizer.json', path / 'meta.pkl'] if path.is_dir() else [path]:
+        if file.is_file():
+            return file
+    if path.is_dir():
+        raise UserError(f'{spec} holds no tokenizer.json, and no meta.pkl of nanoGPT')
+    if spec.count('/') != 1 or path.suffix in ('.json', '.pkl'):
+        raise UserError(f"no tokenizer is called '{spec}': there are {' and '.join(TOKENIZERS)}, tiktoken's "
+                        f"{', '.join(name for name in tiktoken_names() if name not in TOKENIZERS)}, and any "
+                        'tokenizer.json, as its path, its folder or a model on the Hugging Face hub')
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        path = Path(hf_hub_download(spec, 'tokenizer.json'))
+        try:
+            hf_hub_download(spec, 'tokenizer_config.json')
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
+                raise
+        return path
+    except Exception as error:  # many kinds: no such model or file, no network, no access
+        raise UserError(f'there is no file {spec}, and no tokenizer.json of that name could be downloaded from the '
+                        f'Hugging Face hub ({type(error).__name__})') from None
+
+
+def config_of(path):
+    """The path of the tokenizer_config.json that belongs to a tokenizer.json."""
+    return path.with_name(path.name.removesuffix('tokenizer.json') + 'tokenizer_config.json')
+
+
+@functools.lru_cache(16)
+def from_file(path, config, *_modified):
+    try:
+        if path.suffix == '.pkl':
+            return Characters(path.read_bytes())
+        return TokenizerJSON(path.read_bytes(), config.read_bytes() if config.is_file() else b'')
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} is no tokenizer: {error}') from None
+
+
+# -----------------------------------------------------------------------------
+# what datasets and checkpoints keep
+
+def to_record(tokenizer):
+    """What meta.json and checkpoints say of a tokenizer, from which from_record finds it again."""
+    if tokenizer.files:
+        return {'tokenizer': 'tokenizer.json', 'tokenizer_sha256': tokenizer.sha256}
+    return {'tokenizer': tokenizer.name}
+
+
+def from_record(record, folder):
+    """What get_tokenizer takes for the tokenizer of a dataset or a checkpoint in that folder. Raises UserError if its
+    file is missing there, or has another sha256."""
+    if 'tokenizer_sha256' not in record:
+        return record['tokenizer']
+    found = sorted(filter(Path.is_file, Path(folder).glob('*tokenizer.json')), key=lambda path: (len(path.name), path))
+    for path in found:
+        if hashlib.sha256(path.read_bytes()).hexdigest() == record['tokenizer_sha256']:
+            return str(path)
+    why = ('is another tokenizer: its sha256 is not' if found else
+           'is missing: copy it from where this folder is from; its sha256 is')
+    raise UserError(f'{Path(folder) / "tokenizer.json"} {why} {record["tokenizer_sha256"]}')
+
+
+def keep_files(tokenizer, folder, write):
+    """Give a folder a tokenizer's files by write(path, content), and return what get_tokenizer takes for them there.
+    Raises UserError if it holds another tokenizer.json."""
+    for name, content in tokenizer.files.items():
+        path = Path(folder, name)
+        if not path.exists():
+            write(path, content)
+        elif name == 'tokenizer.json' and path.read_bytes() != content:
+            raise UserError(f'{path} is another tokenizer than {tokenizer.name}: give another folder')
+    return str(Path(folder, 'tokenizer.json')) if tokenizer.files else tokenizer.name
+
+# -----------------------------------------------------------------------------
+# helpers
 
 def plain(ids):
     """A list of Python ints, of a list, array or tensor of ids."""
@@ -99,13 +348,52 @@ def valid(text):
     except UnicodeEncodeError:
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
+
+def smallest_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def listed(names):
+    """'a, b, c and 4 more', or 'none'"""
+    names = sorted(names)
+    return ', '.join(names[:8]) + f' and {len(names) - 8} more' * (len(names) > 8) or 'none'
+
+
+PLAIN = set('''PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET
+    BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE'''.split())  # pickle's operations that make plain values
+
+
+def load_plain_pickle(content):
+    """The dictionaries, lists, strings and numbers in a pickle. Raises ValueError, before anything is made of it, if it
+    holds something else: nothing in it is run."""
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name not in PLAIN:
+                raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, '
+                                f'since that could run code ({operation.name})')
+            if operation.name.endswith('PUT') and argument > len(content):  # takes memory for as many entries
+                raise ValueError('it refers to what is not there')
+        return pickle.loads(content)
+    except UserError as error:
+        raise ValueError(error) from None
+    except Exception as error:  # of damaged bytes: many kinds
+        raise ValueError(f'it is damaged ({type(error).__name__}: {error})') from None
+
 # -----------------------------------------------------------------------------
-# tokenizers
+# transformers' files
 
 def tokenizer_files(tokenizer, block_size):
     """The content of tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer makes a
-    tokenizer with our ids. As usual there, and unlike here, '<|endoftext|>' in a text is the end-of-text id."""
+    tokenizer with our ids: dictionaries, or the bytes of its own. As usual there, and unlike here, '<|endoftext|>' in a
+    text is the end-of-text id. Raises UserError for an encoding of tiktoken's other than gpt2."""
+    if tokenizer.files:
+        config = json.loads(tokenizer.files['tokenizer_config.json'])
+        return {'tokenizer.json': tokenizer.files['tokenizer.json'],
+                'tokenizer_config.json': dict(model_max_length=block_size, clean_up_tokenization_spaces=False) | config}
     ranks = {bytes([i]): i for i in range(256)}
+    if tokenizer.name not in TOKENIZERS:
+        raise UserError(f'the tokenizer {tokenizer.name} has no tokenizer.json here')
     if tokenizer.name == 'gpt2':
         ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
     special = dict(content=END_OF_TEXT, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)

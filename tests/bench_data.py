@@ -7,7 +7,7 @@ Data: how fast text becomes tokens, and how fast batches of them come.
 Ours and the peer's run in turns, in one process, on the same random tokens from the page cache; the rates are
 medians. Ours draw shuffled blocks and check every id; build-nanogpt slices shards in sequence, and nanoGPT draws
 random crops. Texts are the standard library's, in pieces of 4,000 characters, in memory for all; tiktoken alone
-throws its tokens away.
+and tokenizers alone throw their tokens away; the latter's tokenizer.json is GPT-2's, as export.py writes it.
 """
 import ast
 import contextlib
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from configurator import configure
 from data.loader import Loader
 from data.prepare import corpus_of, prepare
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, tokenizer_files
 
 peer = ''  # a checkout of build-nanogpt or nanoGPT
 tokens = 100_000_000  # in the dataset
@@ -51,11 +51,17 @@ def bench_tokenizing():
     text = ''.join(file.read_text(encoding='utf-8', errors='ignore') for file in files)
     pieces = [text[i:i + 4000] for i in range(0, len(text), 4000)]
     texts = (pieces * (megabytes * 1_000_000 // len(text) + 1))[:megabytes * 250]
-    ways = {('ours', 'gpt2'): lambda: prepare_rate(texts, 'gpt2'), ('ours', 'bytes'): lambda: prepare_rate(texts, 'bytes'),
-            ('tiktoken alone', 'gpt2'): lambda: tiktoken_rate(texts)}
-    if (Path(peer) / 'fineweb.py').exists():
-        ways[Path(peer).name, 'gpt2'] = lambda: peer_rate(texts)
-    report(in_turns(ways))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, 'tokenizer.json')
+        file.write_text(json.dumps(tokenizer_files(get_tokenizer('gpt2'), 1024)[file.name]))
+        ways = {('ours', 'gpt2'): lambda: prepare_rate(texts, 'gpt2'),
+                ('ours', 'bytes'): lambda: prepare_rate(texts, 'bytes'),
+                ('ours', file.name): lambda: prepare_rate(texts, folder),
+                ('tiktoken alone', 'gpt2'): lambda: tiktoken_rate(texts),
+                ('tokenizers alone', file.name): lambda: tokenizers_rate(texts, file)}
+        if (Path(peer) / 'fineweb.py').exists():
+            ways[Path(peer).name, 'gpt2'] = lambda: peer_rate(texts)
+        report(in_turns(ways))
 
 
 def prepare_rate(texts, tokenizer):
@@ -78,6 +84,17 @@ def tiktoken_rate(texts):
     with multiprocessing.get_context('fork').Pool(num_proc) as pool:
         began = time.perf_counter()
         return sum(pool.imap_unordered(encode_share, range(100))) / (time.perf_counter() - began) / 1e6
+
+
+def tokenizers_rate(texts, file):
+    """The library's own batch call, in batches of 250 texts, on all cores."""
+    import tokenizers
+    os.environ['TOKENIZERS_PARALLELISM'] = 'true'  # prepare turns it off
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    began, n = time.perf_counter(), 0
+    for i in range(0, len(texts), 250):
+        n += sum(len(encoding) for encoding in tokenizer.encode_batch_fast(texts[i:i + 250], add_special_tokens=False))
+    return n / (time.perf_counter() - began) / 1e6
 
 
 def peer_rate(texts):
@@ -171,7 +188,7 @@ def report(rates):
     """A line for each, with the ratio where ours and a peer did the same."""
     for (who, what), rate in rates.items():
         ratio = '' if who == 'ours' else f'   ratio {rates["ours", what] / rate:.2f}'
-        print(f'  {who:15s} {what:15s} {rate:8.1f}{ratio}')
+        print(f'  {who:16s} {what:15s} {rate:8.1f}{ratio}')
 
 
 if __name__ == '__main__':

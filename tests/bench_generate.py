@@ -1,5 +1,5 @@
 """
-Writing speed: tokens a second of generate, GPT-2's sizes with random weights, beside nanoGPT's.
+Sampling speed: tokens per second of generate, GPT-2's sizes with random weights, beside nanoGPT's.
 
     python tests/bench_generate.py --peer=../nanoGPT
 

@@ -64,7 +64,7 @@ if __name__ == '__main__':
         prepare = ['data/shakespeare_char/prepare.py', f'--out_dir={folder / "shakespeare"}', f'--input={input}']
         subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True, capture_output=True)
         runs = {'nanoGPT': lambda seed: nanogpt(seed, folder)} if peer else {}
-        runs['ours, the same sizes'] = lambda seed: ours('shakespeare_char', seed, folder, *SIZES)
+        runs['ours, the same sizes'] = lambda seed: ours('shakespeare_char', seed, folder, *SIZES, '--total_batch_size=768')
         runs['ours, fast'] = lambda seed: ours('shakespeare_char_fast', seed, folder, '--device=cpu')
         results = {name: [] for name in runs}
         for seed in range(seeds):

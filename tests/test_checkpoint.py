@@ -159,6 +159,15 @@ def test_failed_housekeeping_is_no_failed_checkpoint(state, tmp_path, capfd, wha
     assert not names(tmp_path, '*.tmp') and step_of(tmp_path / 'ckpt_000020.pt') == 20
 
 
+def test_the_checkpoint_that_a_run_resumed_from_can_become_the_best(state, tmp_path, monkeypatch):
+    """As when the run was killed between a checkpoint and the evaluation that finds it the best."""
+    monkeypatch.setattr(checkpoint, 'writing', None)
+    write(state, tmp_path)
+    checkpoint.keep_best(tmp_path)
+    distributed.in_background(int).result()
+    assert names(tmp_path) == ['ckpt.pt', 'ckpt_best.pt']
+
+
 def test_copies_work_without_copy_file_range(tmp_path, monkeypatch):
     (tmp_path / 'a').write_bytes(os.urandom(3 << 20))
     for function in os.copy_file_range, None:

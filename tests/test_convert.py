@@ -466,7 +466,7 @@ def test_llama_trains(dataset, tmp_path):
         '--n_mlp=80', '--hellaswag_interval=0', '--sample_interval=0')
     model, tokenizer = checkpoint.load_model('resume', str(tmp_path), 'cpu')
     assert model.config.norm_eps == 1e-6
-    model.save_pretrained(tmp_path / 'llama', tokenizer)
+    scramble(model).save_pretrained(tmp_path / 'llama', tokenizer)
     assert_same_logits(model, transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'llama'))
 
 

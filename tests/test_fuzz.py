@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -27,6 +28,8 @@ from data import prepare as engine
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files
+from data.tokenizer import get_tokenizer
+from train_tokenizer import train
 
 TEXTS = [f'Document {i}: né 漢 🙂\n' * 3 for i in range(8)]
 ROWS = ''.join(json.dumps({'text': text}) + '\n' for text in TEXTS)
@@ -188,6 +191,24 @@ def read_items(path):
     assert all(len(item['endings']) == 4 for item in load_items(str(path)))
 
 
+def make_tokenizer(kind):
+    def make(folder):
+        content = train(kind, 330, TEXTS)
+        (folder / 'tokenizer.json').write_bytes(json.dumps(json.loads(content)).encode())
+        return folder / 'tokenizer.json'
+    return make
+
+
+def read_tokenizer(path):
+    tokenizer = get_tokenizer(str(path))
+    ids = tokenizer.encode_documents([TEXTS[0], '', 'a'])
+    assert ids.dtype == tokenizer.dtype and (not len(ids) or ids.max() < tokenizer.vocab_size)
+    assert type(tokenizer.decode(ids)) is str and type(tokenizer.decode_bytes(ids)) is bytes
+
+
+CHARACTERS = ''.join(sorted(set(''.join(TEXTS)) | {'a'}))
+META = pickle.dumps({'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
+                     'stoi': {char: i for i, char in enumerate(CHARACTERS)}})
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
 ITEMS = ''.join(json.dumps({'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
 
@@ -204,6 +225,8 @@ CASES = [  # (name, make, read)
     ('parquet', make_file('a.parquet', parquet()), read_texts),
     ('txt', make_file('a.txt', '\n\n'.join(TEXTS).encode()), read_texts),
     ('hellaswag', make_file('items.jsonl', ITEMS.encode()), read_items),
+    *((f'tokenizer.json, {kind}', make_tokenizer(kind), read_tokenizer) for kind in ('bpe', 'wordpiece', 'unigram')),
+    ('meta.pkl', make_file('meta.pkl', META), read_tokenizer),
 ]
 
 

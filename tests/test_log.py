@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import configurator
 from common import files, log
 from data.errors import UserError
 
@@ -156,7 +157,7 @@ def test_tensorboard(tmp_path):
     assert [event.value for event in events.Scalars('val_losses/a')] == [1.5]
 
 
-def test_wandb(tmp_path, monkeypatch):
+def test_wandb(tmp_path, monkeypatch, capfd):
     wandb = pytest.importorskip('wandb')
     for name in 'WANDB_API_KEY', 'WANDB_MODE':
         monkeypatch.delenv(name, raising=False)
@@ -167,12 +168,17 @@ def test_wandb(tmp_path, monkeypatch):
         start('wandb', tmp_path)
     wandb.teardown()  # a process reads its environment once
     monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setattr(sys, 'excepthook', configurator.excepthook)
     trackers = start('wandb,wandb', tmp_path)
     run_log = log.Log(tmp_path / 'log.jsonl', trackers)
     run_log.write({'step': 1, 'loss': 2.5})
     run_log.close()
     file, = (tmp_path / 'wandb').glob('offline-run-*/run-*.wandb')
     assert len(trackers) == 1 and b'loss' in file.read_bytes() and b'2.5' in file.read_bytes()
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        sys.excepthook(UserError, UserError('one line'), None)
+    assert capfd.readouterr().err == 'one line\n'
 
 
 def test_trackio(tmp_path, monkeypatch):

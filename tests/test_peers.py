@@ -107,7 +107,7 @@ def test_sampling_and_training_from_them(tmp_path, dataset):
     path = nanogpt_checkpoint(weights(257), tmp_path / 'ckpt.pt', 257)  # as many ids as the tokenizer of bytes
     sample = ['--num_samples=1', '--max_new_tokens=5']
     assert run('sample.py', f'--init_from={path}', *sample).out == run('sample.py', f'--out_dir={tmp_path}', *sample).out
-    train = [*TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=2']
+    train = [*TINY, '--n_head=4', f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=2']
     assert 'step 2/2' in run('train.py', *train, f'--init_from={path}').out
     resume = run('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--init_from=resume', expect=1)
     assert resume.err.strip().endswith(f'--init_from={path} starts from them') and 'Traceback' not in resume.err

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import TINY, at_step, run
-from plan import fullest_share, predicted_loss
+from plan import predicted_loss
 
 SIZES = ['--n_layer=3', '--n_embd=64', '--n_head=4', '--block_size=32', '--batch_size=4']
 LAYOUTS = {'ddp': [], 'zero1': ['--parallel=zero1'], 'fsdp': ['--parallel=fsdp'],
@@ -59,14 +59,14 @@ def test_memory_is_what_the_plan_says(dataset, tmp_path, layout):
     measure = at_step(tmp_path, 3, f"""import json, measured; measured.tell({str(tmp_path)!r})""")
     (tmp_path / 'measured.py').write_text('''
 import json, os
-from __main__ import model, optimizers
-from common.optimizers import local
+from __main__ import model, opts
+from common.distributed import to_local as local
 
 def size(tensors):
     return sum(local(x).untyped_storage().nbytes() if local(x).dim() else 0 for x in tensors)
 
 def tell(folder):
-    state = [x for opt in optimizers for s in getattr(opt, 'optim', opt).state.values() for x in s.values()]
+    state = [x for opt in opts for s in opt.state.values() for x in s.values()]
     found = {'weights': size(model.parameters()), 'gradients': sum(local(p.grad).nbytes for p in model.parameters()),
              'optimizer': size(state)}
     with open(f"{folder}/{os.environ['RANK']}.json", 'w') as f:
@@ -77,7 +77,3 @@ def tell(folder):
     planned = parts(plan(*args, '--gpus=2'))
     for part in ('weights', 'gradients', 'optimizer'):
         assert planned[part] == pytest.approx(max(each[part] for each in found), rel=0.15), part
-
-
-def test_the_largest_tensor_bounds_what_zero1_can_share():
-    assert fullest_share([10, 1, 1, 1], 8) == 10 and fullest_share([5, 4, 3, 2], 2) == 7

@@ -1,10 +1,13 @@
 """A run that is stopped, killed, starved of disk or fed with nonsense ends where the undisturbed run ends."""
 
 import functools
+import json
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from conftest import TINY, at_step, finish, losses, read_log, run, start
+from conftest import ROOT, TINY, at_step, environment, losses, read_log, run
 
 KILLS = 20
 
@@ -71,27 +74,54 @@ def test_another_number_of_processes_goes_on_with_the_same_data(dataset, tmp_pat
         assert read(tmp_path / 'one')['data'] == read(tmp_path / name)['data']
 
 
+# forks a process for each line of arguments, which has torch imported already: a real process, killed for real
+FORK = """
+import json, os, runpy, sys
+import hellaswag, torch, common.checkpoint, common.log, common.optimizers, configurator, data.loader, model
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = json.loads(line)
+        runpy.run_path(sys.argv[0], run_name='__main__')
+        sys.exit()
+    print('started', pid, flush=True)
+    print('ended', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 def test_twenty_kills_end_where_no_kill_ends(dataset, tmp_path):
     args = ['--max_iters=200', '--eval_interval=3', '--eval_iters=1', '--dropout=0.1', '--keep_checkpoints=2',
             '--log_interval=1']
 
+    def train(forks, out_dir, kill_after=0, delay=0.0):
+        """Run to the end, or kill after some steps and seconds. Returns the exit status."""
+        forks.stdin.write(json.dumps([*map(str, tiny(dataset, out_dir, *args)), '--init_from=auto']) + '\n')
+        forks.stdin.flush()
+        said = ''
+        for line in forks.stdout:
+            said += line
+            if line.startswith('started '):
+                pid = int(line.split()[1])
+            if re.match(r'step \d+/200 \| loss', line):
+                kill_after -= 1
+                if kill_after == 0:
+                    time.sleep(delay)
+                    os.kill(pid, signal.SIGKILL)
+            if line.startswith('ended '):
+                return int(line.split()[1]), said
+        raise AssertionError(said)
+
     def killed(seed):
         dice, out_dir = random.Random(seed), tmp_path / f'killed-{seed}'
-        for _ in range(KILLS // 2):
-            process = start(*tiny(dataset, out_dir, *args), '--init_from=auto')
-            steps = dice.randrange(2, 25)  # it may then write, log, evaluate or do anything else
-            for line in process.stdout:
-                if re.match(r'step \d+/200 \| loss', line):
-                    steps -= 1
-                    if steps == 0:
-                        break
-            time.sleep(dice.uniform(0, 0.05))
-            process.kill()
-            finish(process)
-            assert process.returncode == -signal.SIGKILL, process.err
-            if (out_dir / 'ckpt.pt').exists():
-                assert read(out_dir)['iter_num'] % 3 == 0
-        run(*tiny(dataset, out_dir, *args), '--init_from=auto')
+        with subprocess.Popen([sys.executable, '-c', FORK], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as forks:
+            for _ in range(KILLS // 2):  # it may then write, log, evaluate or do anything else
+                status, said = train(forks, out_dir, dice.randrange(2, 25), dice.uniform(0, 0.05))
+                assert status == -signal.SIGKILL, said
+                if (out_dir / 'ckpt.pt').exists():
+                    assert read(out_dir)['iter_num'] % 3 == 0
+            status, said = train(forks, out_dir)
+            assert status == 0, said
         return out_dir
 
     with ThreadPoolExecutor(2) as pool:
@@ -141,15 +171,19 @@ def test_what_a_kill_leaves_is_no_kept_checkpoint_under_another_name(tmp_path):
     assert [read(tmp_path, name)['iter_num'] for name in ('ckpt_best.pt', 'ckpt_000001.pt', 'ckpt.pt')] == [1, 1, 2]
 
 
+# opening the temporary file of a checkpoint opens a full disk, once
+FULL = """import common.files as F
+        F.open = lambda path, *mode: (delattr(F, 'open'), open('/dev/full', 'wb'))[1] if 'ckpt' in str(path) else open(path, *mode)"""
+
+
 def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(dataset, tmp_path):
-    full = at_step(tmp_path, 12, "os.symlink('/dev/full', OUT + '/ckpt.pt.tmp')".replace('OUT', repr(str(tmp_path))))
-    process = run(*tiny(dataset, tmp_path, '--max_iters=30', '--keep_checkpoints=9'), full)
-    assert process.err == ('the checkpoint of step 20 could not be written ([Errno 28] No space left on device): '
-                           f'{tmp_path}/ckpt.pt is still the one before\n')
+    process = run(*tiny(dataset, tmp_path, '--max_iters=30', '--keep_checkpoints=9'), at_step(tmp_path, 12, FULL))
+    assert process.err == ('the checkpoint of step 20 could not be written (No space left on device): the previous '
+                           f'checkpoint is kept ({tmp_path}/ckpt.pt)\n')
     assert sorted(path.name for path in tmp_path.glob('ckpt_0*')) == ['ckpt_000010.pt', 'ckpt_000030.pt']
     assert read(tmp_path)['iter_num'] == 30
-    full = at_step(tmp_path, 5, "os.symlink('/dev/full', OUT + '/ckpt.pt.tmp')".replace('OUT', repr(str(tmp_path))))
-    run(*tiny(dataset, tmp_path, '--init_from=resume', '--max_iters=35', '--eval_interval=100'), full, expect=1)
+    run(*tiny(dataset, tmp_path, '--init_from=resume', '--max_iters=35', '--eval_interval=100'), at_step(tmp_path, 5, FULL),
+        expect=1)
     assert read(tmp_path)['iter_num'] == 30  # the last one did not fit, and the exit status says so
     full = at_step(tmp_path, 2, "os.remove(LOG); os.symlink('/dev/full', LOG)".replace('LOG', repr(str(tmp_path / 'log.jsonl'))))
     process = run(*tiny(dataset, tmp_path, '--init_from=resume', '--max_iters=33'), full)

@@ -196,7 +196,7 @@ def test_plain_errors(out_dir, tmp_path):
         (['--compile=maybe'], 'compile=maybe is not one of auto, True, False'),
         (['--init_from=scratch'], 'init_from=scratch is for train.py'),
         (['--device=meta'], 'device=meta cannot be used here'),
-        ([f'--init_from={tmp_path}/nan.pt'], 'nan.pt: the weights transformer.wte.weight are not finite'),
+        ([f'--init_from={tmp_path}/nan.pt'], 'nan.pt: lm_head.weight, transformer.wte.weight has values that are not finite'),
         (['--start=FILE:~/nowhere.txt'], f'cannot read the prompt ~/nowhere.txt: [Errno 2] No such file or directory: '
                                          f"'{Path.home()}/nowhere.txt'"),
         (['--start=FILE:nowhere.txt'], 'cannot read the prompt nowhere.txt'),
