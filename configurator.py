@@ -39,19 +39,22 @@ RANGES = (
                    'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
     (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
                    'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
-                   'step characters processes'),
+                   'step characters processes lora_rank'),
     (1, 2**62, 'total_batch_size eval_tokens shard_size'),
     (0, 2**62, 'max_tokens'),
     (0, 2**63 - 1, 'seed'),
-    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature'),
-    (TINY, HUGE, 'rope_theta norm_eps adam_eps repetition_penalty dist_timeout'),
+    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature '
+              'lora_alpha'),
+    (TINY, HUGE, 'rope_theta norm_eps adam_eps repetition_penalty dist_timeout teacher_temperature'),
     (0, 1 - 2**-53, 'dropout beta1 beta2'),
     (TINY, 1, 'wsd_decay mfu top_p'),
-    (0, 1, 'min_p'),
+    (0, 1, 'min_p teacher_weight'),
 )
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
-           'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16')}
-PATHS = 'out_dir', 'init_from', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input', 'data_files'
+           'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
+           'objective': ('next_token', 'mlm')}
+PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
+         'data_files')
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
 
@@ -113,6 +116,8 @@ def check_ranges(config, defaults):
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
+    if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
+        raise UserError('objective=mlm continues no text: --hellaswag_interval=0 --sample_interval=0')
     if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
         raise UserError(f'min_lr={config["min_lr"]} must be at most learning_rate={config["learning_rate"]}')
 

@@ -1,20 +1,23 @@
 """
-How well a GPT predicts a dataset: loss, perplexity and bits per byte of its validation split.
+How well a GPT predicts a dataset: loss, perplexity and bits per byte of its validation split. Of a masked language model:
+its accuracy and pseudo-perplexity.
 
 Your own checkpoint:                            python evaluate.py --out_dir=out --dataset=stdlib
 GPT-2 as its paper and others measure it:       python evaluate.py config/eval_gpt2_wikitext2.py
 
 Text longer than the context is read through a window that moves by `stride` tokens; each token is scored once, with at
 least block_size - stride tokens before it (except in the first window). A small stride gives every token much context
-and takes long; stride = block_size cuts the text into blocks, as train.py's evaluation does.
+and takes long; stride = block_size cuts the text into blocks, as train.py's evaluation does. A masked language model reads
+each block once for each of its tokens, which takes long: max_tokens=10000 gives a first idea.
 """
 
 import math
 
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.checkpoint import load_model
@@ -65,6 +68,23 @@ def total_loss(model, tokens, block_size, stride, batch_size=8, device='cpu', dt
     return total
 
 
+@torch.inference_mode()
+def pseudo_loss(model, tokens, block_size, batch_size=8, device='cpu', dtype='float32'):
+    """(summed loss in nats, how many had the highest probability) of token ids (N,), each predicted where it alone is
+    masked in its block (Salazar et al. 2020, arXiv:1910.14659, section 2)."""
+    total, right = 0.0, 0
+    with autocast(dtype, device), tqdm(range(0, len(tokens), block_size), unit=' blocks', disable=None) as begins:
+        for begin in begins:
+            block = torch.from_numpy(tokens[begin:begin + block_size].astype(np.int64)).to(device)  # (T,)
+            for places in torch.arange(len(block), device=device).split(batch_size):
+                rows, idx = torch.arange(len(places), device=device), block.repeat(len(places), 1)  # (B, T)
+                idx[rows, places] = model.config.vocab_size  # the mask
+                logits, targets = model.head(model.hidden(idx)[rows, places]).float(), block[places]  # (B, V), (B,)
+                total += F.cross_entropy(logits, targets, reduction='sum').item()
+                right += (logits.argmax(dim=-1) == targets).sum().item()
+    return total, right
+
+
 if __name__ == '__main__':
     configure(globals())
     if ',' in dataset:
@@ -85,13 +105,21 @@ if __name__ == '__main__':
     if count < 2:
         raise UserError(f'{dataset} has {count} tokens to evaluate: there must be two')
     tokens = data.read(np.array([0]), count)[0]
-    loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
-    tokenizer = get_tokenizer(name)
-    lengths = [len(tokenizer.decode_bytes([i])) for i in range(data.vocab_size)]
-    if not tokenizer.eot_is_text:
-        lengths[data.eot] = 0  # the end of a text is no byte of it
-    n_bytes = int(np.bincount(tokens[1:], minlength=data.vocab_size) @ lengths)
-    print(f'{count - 1:,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
-    print(f'loss           {loss / (count - 1):.4f} nats a token')
-    print(f'perplexity     {math.exp(min(700, loss / (count - 1))):.2f}')
-    print(f'bits per byte  {loss / math.log(2) / max(1, n_bytes):.4f}')
+    if not model.config.causal:
+        if 'stride' in given:
+            raise UserError(f'stride={stride}: the blocks of a masked language model do not overlap')
+        loss, right = pseudo_loss(model, tokens, block_size, batch_size, device, dtype)
+        print(f'{count:,} tokens, each masked alone in its block of {block_size}')
+        print(f'accuracy           {right / count:.4f}')
+        print(f'pseudo-perplexity  {math.exp(min(700, loss / count)):.2f}')
+    else:
+        loss = total_loss(model, tokens, block_size, stride, batch_size, device, dtype)
+        tokenizer = get_tokenizer(name)
+        lengths = [len(tokenizer.decode_bytes([i])) for i in range(data.vocab_size)]
+        if not tokenizer.eot_is_text:
+            lengths[data.eot] = 0  # the end of a text is no byte of it
+        n_bytes = int(np.bincount(tokens[1:], minlength=data.vocab_size) @ lengths)
+        print(f'{count - 1:,} tokens, {n_bytes:,} bytes, windows of {block_size} every {stride}')
+        print(f'loss           {loss / (count - 1):.4f} nats a token')
+        print(f'perplexity     {math.exp(min(700, loss / (count - 1))):.2f}')
+        print(f'bits per byte  {loss / math.log(2) / max(1, n_bytes):.4f}')

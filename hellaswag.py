@@ -155,6 +155,8 @@ if __name__ == '__main__':
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     model, tokenizer = load_model(init_from, out_dir, device)
+    if not model.config.causal:
+        raise UserError('HellaSwag scores continuations, and this model fills masks')
     rows = prepare(items, get_tokenizer(tokenizer), model.config.block_size)
     result = evaluate(model, rows, device, dtype, batch_tokens, progress=True)
     for name in 'acc', 'acc_norm':

@@ -47,10 +47,14 @@ class GPTConfig:
     tie_embeddings: bool = True  # the head uses the token embedding's weights
     zero_init: bool = False  # the projections back into the residual stream and an untied head start at zero
     softcap: float = 0.0  # logits are squeezed into ±softcap by a tanh (Gemma 2, arXiv:2408.00118); 0 is off
+    causal: bool = True  # a token attends to those before it; False: to all, for masked language models
+    lora_rank: int = 0  # of the adapters that are trained instead of the weights (common/lora.py); 0 is none
+    lora_alpha: float = 0.0  # the adapters' scale, times lora_rank; 0 is 2 * lora_rank
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_mlp = self.n_mlp or 4 * self.n_embd
+        self.lora_alpha = float(self.lora_rank and (self.lora_alpha or 2 * self.lora_rank))
         for field, known in dict(position=('learned', 'rope'), rope_type=('default', 'linear', 'llama3', 'yarn'),
                                  norm=('layernorm', 'rmsnorm'), mlp=('gelu', 'relu2', 'swiglu')).items():
             if getattr(self, field) not in known:
@@ -176,7 +180,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D), S = everything so far
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=config.causal and mask is None and T > 1,
             dropout_p=config.dropout if self.training else 0.0,
             enable_gqa=config.n_kv_head != config.n_head)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
@@ -257,6 +261,9 @@ class GPT(nn.Module):
         self.bfloat16_residual = False  # True: inside autocast the residual stream is bfloat16, not float32
         self.init_weights()
         self.init_rope()
+        if config.lora_rank:
+            from common import lora
+            lora.add(self, config.lora_rank, config.lora_alpha)
 
     @torch.no_grad()
     def init_weights(self):
@@ -305,15 +312,17 @@ class GPT(nn.Module):
         """Training FLOPs a token: 6 for each weight that multiplies it, and attention's 12·L·C·T (PaLM,
         arXiv:2204.02311, appendix B)."""
         config = self.config
-        matrices = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
-        head = config.n_embd * config.vocab_size
-        return 6 * (matrices + head) + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+        def flops(p):  # a frozen weight has no gradient to compute
+            return 6 if p.requires_grad else 4
+        matrices = sum(flops(p) * p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        head = flops(self.lm_head.weight) * config.n_embd * config.vocab_size
+        return matrices + head + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
     def hidden(self, idx, positions=None, mask=None, cache=None):
         """Hidden states (B, T, C), after the last normalisation, of token ids idx (B, T) int64.
 
         positions: (T,) or (B, T) int64, each token's place in its text; by default 0 … T-1, after what cache holds.
-        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default causal.
+        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default GPTConfig's causal.
         cache: from new_cache(); these T tokens are appended to it.
         """
         T = idx.size(1)
@@ -405,7 +414,8 @@ class GPT(nn.Module):
             raise ValueError(f'block_size={block_size} is longer than the weights\' {self.config.block_size}')
         self.config.block_size = block_size
         if self.config.position == 'learned':
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+            wpe = self.transformer.wpe.weight
+            self.transformer.wpe.weight = nn.Parameter(wpe[:block_size], wpe.requires_grad)
         self.init_rope()
 
     @torch.no_grad()

@@ -61,13 +61,14 @@ def memory(model, config, gpus):
     c, layout = model.config, config['parallel']
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = [tuple(p.shape) for name, p in model.named_parameters()
-              if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2]
+              if config['optimizer'] == 'muon' and '.h.' in name and p.dim() == 2 and p.requires_grad]
     n, n_hidden = sum(sizes.values()), sum(math.prod(shape) for shape in hidden)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # with lora_rank, the adapters
     shards = {'ddp': 1, 'zero1': gpus, 'fsdp': gpus // config['replicas']}[layout]
-    parts = {'weights': 4 * n / shards, 'gradients': 4 * n / shards, 'optimizer': (8 * n - 4 * n_hidden) / shards}
+    parts = {'weights': 4 * n / shards, 'gradients': 4 * trained / shards, 'optimizer': (8 * trained - 4 * n_hidden) / shards}
     b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
     if layout == 'zero1':
-        parts['gathered'] = 8 * n  # weights and gradients are whole from the first micro-batch to the last
+        parts['gathered'] = 4 * (n + trained)  # weights and gradients are whole from the first micro-batch to the last
     if layout == 'fsdp':
         if config['cpu_offload']:
             parts = dict.fromkeys(parts, 0)
@@ -141,7 +142,8 @@ def report(config):
         '                      (each for the text and the tokenizer of its paper)', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
-        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}', '',
+        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',
+        *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
     for gpu, (peak, size) in GPUS.items():

@@ -6,6 +6,9 @@ From GPT-2's weights:       python sample.py --init_from=gpt2-xl --start='What i
 From a file's text:         python sample.py --start=FILE:prompt.txt
 From each line of a file:   python sample.py --prompts=lines.txt --num_samples=1 --json
 From what you type:         python sample.py --interactive
+A masked language model:    python sample.py --start='import [MASK]s'
+
+A [MASK] is one token: with GPT-2's vocabulary most words begin with their space, as in 'The capital of France is[MASK].'
 """
 
 import codecs
@@ -15,7 +18,7 @@ import sys
 from itertools import islice
 from json import dumps
 
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 
 import torch
 
@@ -109,6 +112,25 @@ def write(jobs):
             print('' if streamed else text + text_of(ids), '---------------', sep='\n', flush=True)
 
 
+def fill(text):
+    """Print the text with each [MASK] filled by its most likely token, and the five most likely ones of each."""
+    mask, (first, *others) = model.config.vocab_size, [tokenizer.encode(part).tolist() for part in text.split('[MASK]')]
+    ids = sum(([mask] + part for part in others), first)
+    if not others or len(ids) > model.config.block_size:
+        raise UserError(f'this model fills masks: give it a text with [MASK], of at most {model.config.block_size} tokens')
+    with torch.inference_mode():
+        idx = torch.tensor([ids], device=device)  # (1, T)
+        p, top = model.head(model.hidden(idx)[idx == mask]).float().softmax(dim=-1).topk(5)  # (masks, 5) each
+    best = iter(top[:, 0].tolist())
+    filled = text_of([next(best) if i == mask else i for i in ids])
+    candidates = [[(text_of([i]), q) for i, q in zip(*row)] for row in zip(top.tolist(), p.tolist())]
+    if json:
+        print(dumps({'prompt': text, 'text': filled, 'candidates': candidates}), flush=True)
+    else:
+        print(filled, *('  '.join(f'{token!r} {q:.1%}' for token, q in row) for row in candidates), '---------------',
+              sep='\n', flush=True)
+
+
 def typed():
     """Yield what the user types, line by line, until Ctrl-D. With json, prompts go to stderr, not among the lines."""
     try:
@@ -143,6 +165,9 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
+if not model.config.causal and (unused := [name for name in given if name not in (
+        'out_dir', 'init_from', 'start', 'prompts', 'interactive', 'json', 'device', 'dtype')]):
+    raise UserError(f'{", ".join(unused)}: this model fills masks, and draws nothing')
 cast_linears(dtype, model)
 if compile is True and 'cuda' not in device:
     print(f'compile=True does nothing on {device}: CUDA graphs need a GPU', file=sys.stderr)
@@ -153,7 +178,10 @@ sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has read enough
 with autocast(dtype, device):
-    if interactive:
+    if not model.config.causal:
+        for text in typed() if interactive else texts:
+            fill(text)
+    elif interactive:
         for n, text in enumerate(typed()):
             write([(text, seed + n)])
     else:

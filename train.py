@@ -23,7 +23,7 @@ from configurator import UserError, configure, given
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, files, log, optimizers
+from common import checkpoint, distributed, files, log, lora, objectives, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from data.loader import Loader
@@ -86,6 +86,13 @@ embedding_norm = False  # normalise the embeddings, before the first block
 tie_embeddings = True  # the head uses the token embedding's weights
 zero_init = False  # projections back into the residual stream start at zero
 softcap = 0.0  # bound the logits by softcap * tanh(logits / softcap); 0 disables
+lora_rank = 0  # finetune adapters of this rank (LoRA), and freeze the weights of init_from; 0: train the weights
+lora_alpha = 0.0  # the adapters' scale, times lora_rank; 0: 2 * lora_rank
+objective = 'next_token'  # or 'mlm': predict masked tokens, with attention both ways, as BERT
+# a teacher, for a loss of (1 - teacher_weight) * cross-entropy + teacher_weight * KL divergence from its distribution
+teacher = ''  # its weights: a .pt file, or a folder or name that transformers can read; empty: no teacher
+teacher_weight = 0.5
+teacher_temperature = 1.0  # divides the logits of both in the KL divergence
 # optimizer
 optimizer = 'adamw'  # or 'muon', for the matrices inside the blocks
 learning_rate = 6e-4  # peak learning rate
@@ -135,6 +142,8 @@ def print_unused():
     for unused, names, reason in (
             (not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
             (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
+            (not teacher, 'teacher_weight teacher_temperature', 'there is no teacher'),
+            (not lora_rank, 'lora_alpha', 'lora_rank is 0'),
             (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
             ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
         if unused and (names := [name for name in names.split() if name in given]):
@@ -180,11 +189,15 @@ def get_model():
         found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
         source = distributed.all_gather(found)[0]
     if source == 'scratch':
+        if lora_rank:
+            raise UserError(f'lora_rank={lora_rank} adapts trained weights: name them with --init_from')
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-        return GPT(GPTConfig(**args, vocab_size=train_data.vocab_size)), train_data.tokenizer, None, ''
+        args |= {'vocab_size': train_data.vocab_size, 'causal': objective != 'mlm'}
+        return GPT(GPTConfig(**args)), train_data.tokenizer, None, ''
     path = checkpoint.resume_path(source, out_dir)
     if not path:
-        return *checkpoint.pretrained(source, dropout=dropout), None, ''
+        model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
+        return lora.add(model, lora_rank, lora_alpha), vocabulary, None, ''
     saved = checkpoint.load(path, resume=True)
     taken, changed = checkpoint.compare_settings(saved, path, config, given)
     config.update(taken)
@@ -221,6 +234,7 @@ try:
     model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
+    criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled)
     opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 except ValueError as error:  # settings that make no model
     raise UserError(error) from None
@@ -263,7 +277,9 @@ class Stopped(Exception):
 def validation_loss(data):
     """Mean loss in nats over the first eval_tokens tokens of a split, by all processes together. Raises Stopped."""
     total = count = 0
-    for x, y in data.eval_batches(max(1, eval_tokens // block_size)):
+    generator = torch.Generator().manual_seed(seed + distributed.rank)  # the same masks each time
+    for batch in data.eval_batches(max(1, eval_tokens // block_size)):
+        x, y = criterion.batch(*batch, generator)
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False)
         n = (y != -1).sum()
@@ -466,16 +482,15 @@ while True:
         break
 
     # forward and backward; gradients add up over the micro-batches
-    began, data_s = time.perf_counter(), 0.0
     before = train_data.state_dict(), checkpoint.random_state(device)
-    train_loss = 0
-    for micro_step in range(accumulation_steps):
-        waiting = time.perf_counter()
-        x, y = train_data.next_batch()  # (B, T) each
-        data_s += time.perf_counter() - waiting
+    waiting = time.perf_counter()
+    batches = [criterion.batch(*train_data.next_batch()) for _ in range(accumulation_steps)]  # x, y: (B, T) each
+    began = time.perf_counter()
+    data_s, train_loss, weights = began - waiting, 0, objectives.token_weights([y for _, y in batches], device)
+    for micro_step, (x, y) in enumerate(batches):
         distributed.sync_gradients(train_model, micro_step == accumulation_steps - 1)
         with autocast(dtype, device):
-            _, loss = train_model(x, y, return_logits=False)
+            loss = objectives.weighted(criterion(train_model, x, y), weights[micro_step])
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
         if step == first and micro_step == 0:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from common import convert, distributed, files
+from common import convert, distributed, files, lora
 from data.errors import UserError
 from data.tokenizer import from_record, keep_files
 
@@ -370,7 +370,7 @@ def compare_settings(checkpoint, path, config, given):
 
 def restore_optimizers(model, optimizers, state):
     """Give the optimizers their saved state (moments, steps). Learning rate, weight decay and betas stay this run's."""
-    if missing := [name for name, _ in model.named_parameters() if name not in state['state']]:
+    if missing := [name for name, p in model.named_parameters() if p.requires_grad and name not in state['state']]:
         raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
     distributed.set_optimizer_state(model, optimizers, state)
 
@@ -408,10 +408,11 @@ def model_from(checkpoint, **overrides):
 
 def pretrained(init_from, **overrides):
     """(GPT on the CPU, its tokenizer for get_tokenizer): a checkpoint's file, nanoGPT's ckpt.pt and build-nanogpt's
-    model_*.pt too, or what GPT.from_pretrained takes. overrides: GPTConfig fields that change no weight."""
+    model_*.pt too, or what GPT.from_pretrained takes. Its adapters are merged into its weights. overrides: GPTConfig fields
+    that change no weight."""
     if init_from.endswith('.pt'):
         checkpoint = load(init_from)
-        return model_from(checkpoint, **overrides), checkpoint['tokenizer']
+        return lora.merge(model_from(checkpoint, **overrides)), checkpoint['tokenizer']
     from model import GPT
     model = GPT.from_pretrained(init_from, **overrides)
     return model, convert.tokenizer_of(model.config.vocab_size, init_from)

@@ -25,6 +25,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
     Raises ValueError for a value outside its range.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if not model.config.causal:
+        raise ValueError('this model fills masks, and continues no text')
     (B, T), block_size, device = idx.shape, model.config.block_size, idx.device
     generators = [None] * B if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
     empty = None

@@ -12,7 +12,8 @@ from common.distributed import shard_like, to_local
 
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, eps=1e-8, lr_scales={},
                          cautious_decay=False):
-    """A list of optimizers that together update every parameter of a GPT. Raises ValueError for an unknown name.
+    """A list of optimizers that together update every parameter of a GPT that is not frozen. Raises ValueError for an unknown
+    name.
 
     'adamw': AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything. Matrices and embeddings decay;
     biases and the gains of normalisations do not.
@@ -23,8 +24,12 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
     """
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f'optimizer={optimizer} is not one of adamw, muon')
+    if optimizer == 'muon' and model.config.lora_rank:
+        raise ValueError('optimizer=muon is for whole matrices: lora_rank needs --optimizer=adamw')
     groups, matrices = {}, {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if optimizer == 'muon' and '.h.' in name and p.dim() == 2:
             matrices[name] = p
         else:

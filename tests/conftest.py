@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
@@ -100,6 +101,21 @@ def _clip_with_accident(*args, **kwargs):
     return _clip(*args, **kwargs)
 torch.nn.utils.clip_grad_norm_ = _clip_with_accident
 """)
+    return path
+
+
+@pytest.fixture
+def traced(tmp_path, monkeypatch):
+    """A settings file, and this process, in which torch.compile traces as always and leaves out the code generation, which
+    takes a minute."""
+    path = tmp_path / 'traced.py'
+    path.write_text("""
+import torch
+_compile = torch.compile
+torch.compile = lambda function, **options: _compile(function, **options, backend='aot_eager')
+""")
+    monkeypatch.setattr(torch, 'compile', torch.compile)  # undone after the test
+    runpy.run_path(str(path))
     return path
 
 
