@@ -156,7 +156,7 @@ def test_every_field_of_the_model_is_a_setting():
     from dataclasses import fields
     from model import GPTConfig
     settings = settings_of(ROOT / 'train.py')
-    assert {f.name for f in fields(GPTConfig)} - settings.keys() == {'vocab_size'}
+    assert {f.name for f in fields(GPTConfig)} - settings.keys() == {'vocab_size', 'causal'}  # the data's, and objective's
     assert all(settings[f.name] == f.default for f in fields(GPTConfig) if f.name in settings)
 
 
