@@ -320,7 +320,7 @@ def rehearse(config, arguments, processes):
     of the checks that it failed."""
     table, launcher = Table(), []
     if processes > 1 or config['parallel'] != 'ddp':
-        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        launcher = distributed.torchrun(processes)
     with tempfile.TemporaryDirectory(prefix='rehearse-', ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         gpt, items = before_training(table, config, processes, folder)

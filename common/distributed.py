@@ -158,6 +158,11 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
+def torchrun(processes):
+    """Python's arguments that start a script with this number of processes on this machine."""
+    return ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+
+
 def shutdown():
     """The normal end, of all processes together."""
     global ended
