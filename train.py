@@ -458,8 +458,8 @@ while True:
     if due(eval_interval) or due(hellaswag_interval) or due(sample_interval):
         while unfinished:
             stop |= finish_step(*unfinished.popleft())
-        checkpoint_due = due(eval_interval) and step > first and not eval_only
-        if checkpoint_due and always_save_checkpoint:
+        save_first = always_save_checkpoint and not bad_steps  # else the validation loss decides
+        if save_first and due(eval_interval) and step > first and not eval_only:
             save()
         if step == first and due(eval_interval):
             print0(f'evaluating on {min(eval_tokens, sum(data.n_tokens for data in val_data.splits)):,} tokens')
@@ -469,12 +469,13 @@ while True:
             stop = True
         else:
             write_log(result)
-            if due(eval_interval) and step > 0 and not eval_only and result['val_loss'] < best_val_loss:
-                best_val_loss = result['val_loss']
-                if always_save_checkpoint:
+            if due(eval_interval) and step > 0 and not eval_only and math.isfinite(result['val_loss']):
+                improved = result['val_loss'] < best_val_loss
+                best_val_loss = min(best_val_loss, result['val_loss'])
+                if improved and save_first:
                     checkpoint.keep_best(out_dir)
-                else:
-                    save(best=True)
+                elif improved or always_save_checkpoint and not save_first:
+                    save(best=improved)
             if curves and run_log and 'val_loss' in result:
                 distributed.in_background(draw_curves)
         finished = time.perf_counter()
