@@ -180,13 +180,13 @@ def test_ctrl_c_between_micro_batches_repeats_the_step(train, dataset, tmp_path,
 
     def next_batch(self):
         calls.append(1)
-        if len(calls) == 6:  # the second micro-batch of four, in the second step
+        if len(calls) == 6:  # of the second step's four micro-batches, which are read before they are run
             signal.raise_signal(signal.SIGINT)
         return real(self)
 
     monkeypatch.setattr(Loader, 'next_batch', next_batch)
     out = train('--total_batch_size=512', '--dropout=0.1')
-    assert 'at step 1; --init_from=resume' in out and len(calls) == 6
+    assert 'at step 1; --init_from=resume' in out and len(calls) == 8
     monkeypatch.setattr(distributed, 'stop_signal', 0)
     train('--total_batch_size=512', '--dropout=0.1', '--init_from=resume')
     resumed = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)

@@ -205,7 +205,7 @@ def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_shown(dataset, tmp_path):
-    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32))
     model.lm_head.weight.data.fill_(3e38)  # finite, and their sums are not
     torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': 'bytes'}, tmp_path / 'nan.pt')
     out = run(*tiny(dataset, tmp_path / 'out', f'--init_from={tmp_path}/nan.pt', '--eval_only')).out
