@@ -297,3 +297,16 @@ def namespaces():
                 subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
         return [[], []], '127.0.0.1'
     return [['ip', 'netns', 'exec', name] for name in names], '10.77.0.1'
+
+
+def test_gloo_stays_within_half_of_the_descriptors(monkeypatch):
+    import resource
+    limits = []
+    monkeypatch.setattr(resource, 'getrlimit', lambda _: (256, 1024))
+    monkeypatch.setattr(resource, 'setrlimit', lambda _, limit: limits.append(limit))
+    monkeypatch.setattr(distributed, 'world_size', 256)
+    distributed.raise_descriptor_limit()
+    assert limits == [(1024, 1024)]
+    monkeypatch.setattr(distributed, 'world_size', 257)
+    with pytest.raises(UserError, match='ulimit -n, 1024: raise it to 1028'):
+        distributed.raise_descriptor_limit()

@@ -194,6 +194,28 @@ def test_ctrl_c_between_micro_batches_repeats_the_step(train, dataset, tmp_path,
     assert all(torch.equal(w, resumed['model'][name]) for name, w in whole['model'].items())
 
 
+def test_a_signal_during_an_evaluation_ends_it_and_loses_nothing(train, tmp_path, monkeypatch):
+    import signal
+    import torch
+    from data.loader import Loader
+    real, scored = Loader.eval_batches, []
+
+    def eval_batches(self, n_blocks):
+        scored.append(0)
+        for batch in real(self, n_blocks):
+            if len(scored) == 2:  # the evaluation of step 2
+                signal.raise_signal(signal.SIGTERM)
+            scored[-1] += 1
+            yield batch
+
+    monkeypatch.setattr(Loader, 'eval_batches', eval_batches)
+    out = train('--eval_interval=2', '--max_iters=4')
+    assert 'ckpt.pt at step 2; --init_from=resume' in out and 'step 2/4 | val loss' not in out and scored == [5, 1]
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
+    monkeypatch.setattr(distributed, 'stop_signal', 0)
+    assert 'step 2/4 | val loss' in train('--eval_interval=2', '--max_iters=4', '--init_from=resume')
+
+
 # -----------------------------------------------------------------------------
 # an earlier run in out_dir
 
