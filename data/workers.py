@@ -60,11 +60,18 @@ def no_sigint():
         yield
         return
     resource_tracker.ensure_running()  # else the first process starts it, which unblocks the signal
+    missed, in_main = [], threading.current_thread() is threading.main_thread()
+    if in_main:  # another thread may receive it meanwhile, and half a start would print a traceback
+        handler = signal.signal(signal.SIGINT, lambda *_: missed.append(True))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if missed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def serve(pipe, work):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,10 @@ def test_wandb(tmp_path, monkeypatch, capfd):
     run_log.write({'step': 1, 'loss': 2.5})
     run_log.close()
     file, = (tmp_path / 'wandb').glob('offline-run-*/run-*.wandb')
+    for _ in range(600):  # a process of wandb's own writes it
+        if b'2.5' in file.read_bytes():
+            break
+        time.sleep(0.1)
     assert len(trackers) == 1 and b'loss' in file.read_bytes() and b'2.5' in file.read_bytes()
     capfd.readouterr()
     with pytest.raises(SystemExit):

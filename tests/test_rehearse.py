@@ -15,6 +15,7 @@ import hellaswag
 import rehearse
 from conftest import ROOT, TINY
 from configurator import override, settings_of
+from data import tokenizer as tokenizers
 from data.errors import UserError
 from data.tokenizer import GPT2, get_tokenizer
 from model import GPT, GPTConfig
@@ -102,7 +103,7 @@ def test_a_tokenizer_that_cannot_be_had(rows, data, tmp_path, monkeypatch):
     def offline(self):
         raise UserError('the GPT-2 vocabulary could not be fetched')
     monkeypatch.setattr(GPT2, '__init__', offline)
-    get_tokenizer.cache_clear()
+    tokenizers.named.cache_clear()
     found = rows(f'--dataset={copy}')
     assert marks(found, 'FAIL') == ['tokenizer'] and 'could not be fetched' in found['tokenizer'][1]
 
@@ -233,9 +234,9 @@ def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys):
 
 
 def test_the_command_quotes_train_py_s_own_line(data, capsys, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['rehearse.py', *TINY, f'--dataset={data}', '--min_lr=1', '--processes=1'])
+    monkeypatch.setattr(sys, 'argv', ['rehearse.py', *TINY, f'--dataset={data}', '--compile=maybe', '--processes=1'])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
     with pytest.raises(UserError, match='^this run would fail: train$'):  # exit status 1
         runpy.run_path(str(ROOT / 'rehearse.py'), run_name='__main__')
-    assert 'FAIL train       min_lr=1.0 must be at most learning_rate=0.001\n' in capsys.readouterr().out
+    assert 'FAIL train       compile=maybe is not one of auto, True, False\n' in capsys.readouterr().out
