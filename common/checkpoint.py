@@ -181,7 +181,7 @@ def resume_path(init_from, out_dir):
 def load(path, device='cpu', resume=False):
     """The checkpoint at path, checked as a whole: its bytes, its entries, and that its weights fit model.py.
 
-    resume: it must also hold what continuing a run needs. Raises UserError that names the file and what is wrong.
+    resume: it must also hold what continuing a run needs. Raises UserError that names the file and the problem.
     """
     path = str(path)
     if not os.path.isfile(path):

@@ -13,7 +13,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 # (dense bfloat16 FLOP/s, memory in GB), from NVIDIA's and AMD's datasheets: float16 on the V100 and T4, which have no
 # bfloat16; an MI250X is two devices. Apple's: its newsroom for M1 and M2, and for their larger siblings cores x 256
-# FLOP x 1.3 (M1) or 1.4 GHz (M2), in 32 or 16 bits. Where a GPU comes in two sizes, the larger.
+# FLOP x 1.3 (M1) or 1.4 GHz (M2), in 32 or 16 bits. Where a GPU comes in two sizes, the larger. The rows of AMD and
+# Apple were not checked against their sources yet.
 GPUS = {'B200': (2250e12, 180), 'H200': (989e12, 141), 'H100 PCIe': (756e12, 80), 'H100': (989e12, 80),
         'A100': (312e12, 80), 'A10': (125e12, 24), 'L40S': (362e12, 48), 'L4': (121e12, 24), 'RTX 5090': (210e12, 32),
         'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24), 'V100': (125e12, 32), 'T4': (65e12, 16),

@@ -603,7 +603,7 @@ def watchdog(timeout, parent):
                 if waiting and missing:
                     abort(f'{named(missing, hosts(store))} missed a collective for {timeout} s (dist_timeout); aborting')
                 verdict = None
-    except RuntimeError as error:  # the store has ended; at the normal end, this process will in a moment
+    except RuntimeError:  # the store has ended; at the normal end, this process will in a moment
         time.sleep(1)
         if not ended:
             abort(f'rank {rank} lost the store at {os.environ["MASTER_ADDR"]}, with torchrun or rank 0 there; aborting', 0)
