@@ -613,7 +613,7 @@ def abort(message, grace=20):
     """End this process, and with it the others, whatever its main thread waits for. grace: seconds for the checkpoint
     that is being written."""
     if failing:  # the main thread knows, and prints
-        time.sleep(grace)
+        time.sleep(max(1, grace))
     elif is_first_failure():
         print(message, file=sys.stderr, flush=True)
     wait([pending] if pending else [], timeout=grace)

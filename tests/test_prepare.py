@@ -416,7 +416,7 @@ def test_progress_never_leads_out_of_the_folder(tmp_path):
     for name in '../other.npy', str(tmp_path / 'other.npy'), 'train_/../../other.npy', 'other.npy':
         meta['shards'][0] |= {'file': name, 'tokens': 5}
         (tmp_path / 'out/meta.json').write_text(json.dumps(meta))
-        assert f'meta.json is damaged' in complaint(tmp_path / 'out', f'--data_files={path}')
+        assert 'meta.json is damaged' in complaint(tmp_path / 'out', f'--data_files={path}')
 
 
 @contextlib.contextmanager

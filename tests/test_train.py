@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from conftest import ROOT, TINY, finish, losses, read_log, run, start
+from conftest import ROOT, TINY, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
 from model import GPT, GPTConfig
 
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(dataset, tmp_path):
     args = ['--total_batch_size=1024', '--grad_clip=0.5']
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run, *tiny(dataset, tmp_path / 'one', *args))
-        two = pool.submit(run, *tiny(dataset, tmp_path / 'two', *args), processes=2)
+        two = pool.submit(run_ranks, *tiny(dataset, tmp_path / 'two', *args), processes=2)
     out = two.result().out
     assert len(re.findall(r'^step 20/20 \| loss', out, re.MULTILINE)) == 1  # one of them prints
     one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
