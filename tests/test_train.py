@@ -6,12 +6,14 @@ import re
 import runpy
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
 import torch
 
+import hellaswag
 from conftest import ROOT, TINY, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
 from model import GPT, GPTConfig
@@ -202,6 +204,22 @@ def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
         process = run(*tiny(dataset, tmp_path), mistake, processes=2, expect=1)  # torchrun's own status
         assert process.err.count(line) == 1, process.err
         assert f'exitcode  : {status}' in process.err
+
+
+def test_slow_steps_and_a_missing_network_are_said(dataset, tmp_path, inside, monkeypatch):
+    tell = time.perf_counter
+    monkeypatch.setattr(time, 'perf_counter', lambda: 1e5 * tell())
+    monkeypatch.setattr(hellaswag, 'URL', 'http://127.0.0.1:9/items.jsonl')  # nothing listens there
+    monkeypatch.setattr(hellaswag, 'FILE', tmp_path / 'items.jsonl')
+    settings = [setting for setting in TINY if 'hellaswag' not in setting]
+    arguments = 'train.py', *settings, f'--dataset={dataset}', '--max_iters=1', '--backend=gloo', f'--out_dir={tmp_path}/out'
+    out = inside(*arguments)
+    assert re.search(r'a step takes about .* 4 micro-batches of 4 x 32 tokens; a smaller total_batch_size', out)
+    assert 'HellaSwag is not scored: http://127.0.0.1:9/items.jsonl could not be fetched' in out
+    assert '--hellaswag_interval=0 turns it off' in out
+    assert 'not used: backend (there is one process)' in out
+    with pytest.raises(UserError, match='could not be fetched'):  # it was asked for
+        inside(*arguments, '--hellaswag_interval=5')
 
 
 def test_a_loss_that_is_no_number_is_shown(dataset, tmp_path):
