@@ -152,6 +152,15 @@ def dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A script that runs in this process sets handlers; with sample.py's for SIGPIPE, a write to an ended process kills."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def inside(monkeypatch, capsys):
     """inside(script, *args): run a script in this process, which spares the seconds that a new one takes to start.
@@ -164,7 +173,6 @@ def inside(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() installs its own
     monkeypatch.setattr(distributed, 'stop_signal', 0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     precision, random = torch.get_float32_matmul_precision(), torch.get_rng_state()
 
     def run_inside(script, *args):
@@ -179,7 +187,5 @@ def inside(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run_inside
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_float32_matmul_precision(precision)
     torch.set_rng_state(random)
