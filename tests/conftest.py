@@ -52,10 +52,10 @@ def command(script, *args, processes=0, torchrun=()):
     return [*launcher, str(ROOT / script), *map(str, args)]
 
 
-def start(script, *args, processes=0, torchrun=(), **env):
+def start(script, *args, processes=0, torchrun=(), fork=True, **env):
     """The script as a running process (text pipes, a process group of its own): by its command line under torchrun and
     where libraries may read env as they are imported, else forked."""
-    if not processes and not env:
+    if fork and not processes and not env:
         return Script(command(script, *args)[1:], environment())
     return subprocess.Popen(command(script, *args, processes=processes, torchrun=torchrun), cwd=ROOT, text=True,
                             env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
