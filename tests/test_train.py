@@ -244,9 +244,10 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, proces
     other = tmp_path / 'other'
     run('data/stdlib/prepare.py', f'--out_dir={other}')
     out_dir = tmp_path / 'out'
-    process = run(*tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}',
-                        '--n_layer=1', '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4',
-                        f'--hellaswag_data={items}', '--sample_interval=4', '--profile'), processes=processes)
+    args = tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}', '--n_layer=1',
+                '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',
+                '--sample_interval=4', '--profile')
+    process = run_ranks(*args, processes=processes) if processes else run(*args)
     assert ' compiled' in process.out and process.out.count('hellaswag') == 3 and process.out.count('  > ') == 6
     final = read_log(out_dir)[-1]
     assert final['hellaswag'] in (0, 1)  # the three items are one
