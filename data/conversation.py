@@ -1,0 +1,169 @@
+"""
+Conversations: read from files, and written as token ids, of which a model learns the answers alone.
+
+A conversation is a list of messages {'role': 'system', 'user' or 'assistant', 'content': text}. As ids it is ChatML, which
+many models use: <|im_start|> and <|im_end|> are one id each, white space around a content is dropped, and the end-of-text id
+comes first, as before any document.
+
+    <|endoftext|><|im_start|>user
+    What is 1 + 1?<|im_end|>
+    <|im_start|>assistant
+    2<|im_end|>
+
+The tokenizer is one with these two tokens: 'gpt2+chatml', or any other one's name and +chatml. Its first ids are those of
+gpt2, so that GPT-2's weights fit. tokenizer.chat_template in an exported folder is the same in transformers.
+"""
+import bisect
+import collections
+import functools
+import json
+import os
+
+import numpy as np
+
+from data.errors import UserError
+from data.files import READERS, Bad, find_files, read, read_json
+from data.prepare import prepare
+from data.tokenizer import CHATML, get_tokenizer
+
+ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant', 'human': 'user', 'gpt': 'assistant'}  # sharegpt's
+
+# -----------------------------------------------------------------------------
+# from files
+
+def conversations(paths):
+    """
+    Yield the messages of each line of jsonl files (glob patterns with commas between, or a list; also .gz and .zst):
+
+        {"messages": [{"role": "user", "content": "Hi"}, …]}
+        {"conversations": …}    the same; MiniMind's, or sharegpt's with from and value, human and gpt
+        {"prompt": "Hi", "completion": "Hello"}
+
+    Raises UserError with file and line for anything else.
+    """
+    for path in json_files(paths):
+        for line, messages in read(path, to_messages, ''):
+            if isinstance(messages, Bad):
+                raise UserError(f'{path}:{line}: {messages}')
+            yield messages
+
+
+def json_files(paths):
+    """The json and jsonl files that glob patterns name, with commas between or in a list. Raises UserError for others."""
+    files = find_files(paths if isinstance(paths, str) else ','.join(map(str, paths)), 'input')
+    for path in files:
+        end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
+        if READERS.get(end) is not read_json:
+            raise UserError(f'{path}: conversations are read from .json and .jsonl, also as .gz or .zst')
+    return files
+
+
+def to_messages(row):
+    """The messages of a line's object, or Bad."""
+    row = row if isinstance(row, dict) else {}
+    found = row.get('messages', row.get('conversations'))
+    if found is None and 'prompt' in row and 'completion' in row:
+        found = [{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['completion']}]
+    if not isinstance(found, list) or not found:
+        return Bad('no conversation: messages or conversations, a list, or prompt and completion')
+    messages = []
+    for message in found:
+        message = message if isinstance(message, dict) else {}
+        role, content = message.get('role', message.get('from')), message.get('content', message.get('value'))
+        if not isinstance(role, str) or role not in ROLES:
+            return Bad(f'the role {role!r:.40} is not one of {", ".join(ROLES)}')
+        if not isinstance(content, str):
+            return Bad(f'the content of the role {role} is of type {type(content).__name__}, not a string')
+        messages.append({'role': ROLES[role], 'content': content})
+    return messages
+
+# -----------------------------------------------------------------------------
+# as token ids
+
+def chat_tokenizer(spec):
+    """The Tokenizer for conversations: that of get_tokenizer(spec), with ChatML's tokens if it lacks them. Raises UserError
+    for a tokenizer.json with another chat template."""
+    tokenizer = get_tokenizer(spec)
+    return tokenizer if tokenizer.im_start is not None else get_tokenizer(spec + CHATML)
+
+
+def encode(messages, tokenizer, answer=False):
+    """
+    (ids, scored) of a conversation: (n,) of tokenizer.dtype and (n,) bool, True for what the assistant writes, the im_end
+    of its messages included. answer: end with the beginning of the assistant's next message, for the model to write.
+
+    tokenizer: from chat_tokenizer. Raises UserError for one without ChatML's tokens.
+    """
+    if tokenizer.im_start is None:
+        raise UserError(f'the tokenizer {tokenizer.name} has ' + (
+            'a chat template of its own, which cannot be read here: conversations are ChatML' if tokenizer.chat_template else
+            'no chat template: the model has not been finetuned on conversations, as config/finetune_chat.py does'))
+    eot, start, end = np.array([[tokenizer.eot], [tokenizer.im_start], [tokenizer.im_end]], tokenizer.dtype)
+    pieces, newline = [(eot, False)], tokenizer.encode('\n')
+    for message in messages:
+        answers = message['role'] == 'assistant'
+        pieces += [(start, False), (tokenizer.encode(message['role'] + '\n'), False),
+                   (tokenizer.encode(message['content'].strip()), answers), (end, answers), (newline, False)]
+    if answer:
+        pieces += [(start, False), (tokenizer.encode('assistant\n'), False)]
+    return (np.concatenate([ids for ids, _ in pieces]),
+            np.repeat([scored for _, scored in pieces], [len(ids) for ids, _ in pieces]))
+
+# -----------------------------------------------------------------------------
+# as a dataset
+
+def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options):
+    """
+    Make the dataset folder `out_dir` from two corpora (see data/prepare.py) of conversations, each a JSON text of its
+    messages, packed into blocks of block_size tokens. tokenizer: as in chat_tokenizer; options: those of prepare.
+    """
+    if block_size < 2:
+        raise UserError(f'block_size={block_size} must be at least 2')
+    spec = tokenizer + CHATML * (chat_tokenizer(tokenizer).name != get_tokenizer(tokenizer).name)
+    settings = {'block_size': block_size, **options.pop('settings', {})}
+    meta = prepare(out_dir, train, val, spec, settings=settings, encode=functools.partial(pack, block_size=block_size), **options)
+    counts, total = meta['documents'], sum(meta['tokens'].values())
+    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the tokens are '
+          f'scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a block are cut, '
+          f'{counts["no_answer"]:,} without an answer are dropped')
+    return meta
+
+
+def pack(texts, tokenizer, block_size):
+    """
+    What a worker makes of conversations, JSON texts of their messages (None: unreadable): (tokens, None, counts), where
+    tokens are whole blocks, (n * block_size,) of fields id and scored. No conversation lies in two blocks, and the rest
+    of a block is end-of-text ids. A conversation that is longer than a block loses its end.
+    """
+    tokenizer, found = get_tokenizer(tokenizer), []
+    counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'no_answer': 0, 'cut': 0})
+    for text in texts:
+        if text:
+            ids, scored = encode(json.loads(text), tokenizer)
+            if scored[:block_size].any():
+                found.append((ids[:block_size], scored[:block_size]))
+                counts['cut'] += bool(scored[block_size:].any())
+            else:
+                counts['no_answer'] += 1
+    blocks = best_fit([len(ids) for ids, _ in found], block_size)
+    tokens = np.zeros((len(blocks), block_size), [('id', tokenizer.dtype), ('scored', np.uint8)])
+    tokens['id'] = tokenizer.eot
+    for row, block in zip(tokens, blocks):
+        ids, scored = (np.concatenate(column) for column in zip(*(found[i] for i in block)))
+        row['id'][:len(ids)], row['scored'][:len(ids)] = ids, scored
+    counts['scored'], counts['padding'] = int(tokens['scored'].sum()), tokens.size - sum(len(ids) for ids, _ in found)
+    return tokens.ravel(), None, counts
+
+
+def best_fit(lengths, size):
+    """Lists of indices of lengths that sum to at most `size`: the longest first, each where it leaves the least room."""
+    groups, rooms = [], []  # rooms: (room left, group), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(rooms, (lengths[i],))
+        if at == len(rooms):
+            rooms.append((size, len(groups)))
+            groups.append([])
+        room, group = rooms.pop(at)
+        groups[group].append(i)
+        bisect.insort(rooms, (room - lengths[i], group))
+    return sorted(sorted(group) for group in groups)  # in the order of the conversations, whatever their lengths
