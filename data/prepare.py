@@ -88,7 +88,7 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
     work = functools.partial(tokenize, tokenizer=tokenizer, clean=settings['clean'], dedup=settings['dedup'])
-    written = sum(entry['tokens'] for entry in shards)
+    written = count_tokens(shards)
     shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
     def close_shard():
@@ -130,7 +130,7 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
             check_interrupt()
             if shard.tokens:
                 close_shard()
-            if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
+            if count_tokens(shards, split) < (1 if split else 2):
                 raise UserError(f'{out_dir}: too little text in {describe(resume["counts"])}')
             if not split:
                 cut_first(out_dir, shard, shards)
@@ -143,7 +143,7 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
 def cut_first(out_dir, shard, shards):
     """Cut the first shard into validation, at most a tenth of all tokens, and the rest of it, to train on."""
     ids = np.load(out_dir / FIRST, mmap_mode='r')
-    n_val = min(len(ids), -(-sum(entry['tokens'] for entry in shards) // 10))
+    n_val = min(len(ids), -(-count_tokens(shards) // 10))
     shard.write(ids[:n_val])
     pieces = [shard.close('val_000000.npy')]
     if n_val < len(ids):
@@ -154,8 +154,8 @@ def cut_first(out_dir, shard, shards):
 
 def tokenize(texts, tokenizer, clean, dedup):
     """
-    What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys,
-    counts): the ids, (n,) of the tokenizer's dtype; if dedup, a list of keys for each document in them; documents in and dropped.
+    What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys, counts):
+    the ids, (n,) of the tokenizer's dtype; with dedup, a list of keys for each document in them; documents in, dropped.
     """
     counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'empty': texts.count('')})
     texts = [text for text in texts if text]
@@ -231,12 +231,10 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.seek(0)
-        sha256 = hashlib.sha256()
-        while piece := self.file.read(1 << 20):
-            sha256.update(piece)
+        sha256 = hashlib.file_digest(self.file, 'sha256').hexdigest()
         self.file.close()
         os.replace(self.file.name, self.folder / name)
-        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256.hexdigest()}
+        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256}
         self.begin()
         return entry
 
@@ -320,7 +318,7 @@ def difference(old, new):
     return ''
 
 
-def count_tokens(shards, split):
+def count_tokens(shards, split=''):
     return sum(entry['tokens'] for entry in shards if entry['file'].startswith(split))
 
 
@@ -337,19 +335,16 @@ def write_meta(out_dir, state, tokenizer):
 
 
 def report(out_dir, meta, val_from):
+    """Print the sizes of a dataset, and, if any were dropped, documents in, dropped by each rule, and out."""
     counts, settings = meta['documents'], meta['settings']
     train, val = (count_tokens(meta['shards'], split) for split in ('train', 'val'))
     print(f'{out_dir}: {train:,} tokens to train on, {val:,} for validation '
           f'({val / (train + val):.1%}, {val_from}), by the tokenizer {settings["tokenizer"]}')
     if settings['clean'] or settings['dedup'] or counts.get('unreadable'):
-        print(table(counts))
-
-
-def table(counts):
-    """Documents in, dropped by each rule, out: as lines."""
-    dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
-    rows = [('documents in', counts['in']), *dropped.items(), ('documents out', counts['in'] - sum(dropped.values()))]
-    return '\n'.join(f'{n:>14,}  {name}' for name, n in rows)
+        dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
+        rows = {'documents in': counts['in'], **dropped, 'documents out': counts['in'] - sum(dropped.values())}
+        for name, n in rows.items():
+            print(f'{n:>14,}  {name}')
 
 
 def describe(counts):
