@@ -130,7 +130,7 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
             check_interrupt()
             if shard.tokens:
                 close_shard()
-            if count_tokens(shards, split) < (1 if split else 2):
+            if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
                 raise UserError(f'{out_dir}: too little text in {describe(resume["counts"])}')
             if not split:
                 cut_first(out_dir, shard, shards)
@@ -231,10 +231,12 @@ class ShardWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.seek(0)
-        sha256 = hashlib.file_digest(self.file, 'sha256').hexdigest()
+        sha256 = hashlib.sha256()
+        while piece := self.file.read(1 << 20):
+            sha256.update(piece)
         self.file.close()
         os.replace(self.file.name, self.folder / name)
-        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256}
+        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256.hexdigest()}
         self.begin()
         return entry
 
@@ -335,16 +337,19 @@ def write_meta(out_dir, state, tokenizer):
 
 
 def report(out_dir, meta, val_from):
-    """Print the sizes of a dataset, and, if any were dropped, documents in, dropped by each rule, and out."""
     counts, settings = meta['documents'], meta['settings']
     train, val = (count_tokens(meta['shards'], split) for split in ('train', 'val'))
     print(f'{out_dir}: {train:,} tokens to train on, {val:,} for validation '
           f'({val / (train + val):.1%}, {val_from}), by the tokenizer {settings["tokenizer"]}')
     if settings['clean'] or settings['dedup'] or counts.get('unreadable'):
-        dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
-        rows = {'documents in': counts['in'], **dropped, 'documents out': counts['in'] - sum(dropped.values())}
-        for name, n in rows.items():
-            print(f'{n:>14,}  {name}')
+        print(table(counts))
+
+
+def table(counts):
+    """Documents in, dropped by each rule, out: as lines."""
+    dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
+    rows = [('documents in', counts['in']), *dropped.items(), ('documents out', counts['in'] - sum(dropped.values()))]
+    return '\n'.join(f'{n:>14,}  {name}' for name, n in rows)
 
 
 def describe(counts):
