@@ -88,7 +88,7 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
     work = functools.partial(tokenize, tokenizer=tokenizer, clean=settings['clean'], dedup=settings['dedup'])
-    written = count_tokens(shards)
+    written = sum(entry['tokens'] for entry in shards)
     shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
     def close_shard():
