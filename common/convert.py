@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.device import DTYPES
 from common.files import reason
-from data.errors import UserError
+from data.errors import UserError, some
 from data.tokenizer import TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
 # -----------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def read_tensors(name):
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f'{file} is damaged or incomplete: {str(error).splitlines()[0][:200]}') from None
     for key, w in tensors.items():
-        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if w.dtype not in (*DTYPES.values(), torch.float64):
             raise UserError(f'{name}: {key} is {w.dtype}: quantised weights cannot be read')
     return tensors
 
@@ -217,7 +218,7 @@ def load(name):
     hf = read_json(path)
     if hf.get('quantization_config'):
         raise UserError(f'{path}: quantization_config: quantised weights cannot be read')
-    if not isinstance(hf.get('model_type'), str) or hf['model_type'] not in FAMILIES:
+    if hf.get('model_type') not in [*FAMILIES]:  # a list, since the value may have no hash
         raise UserError(f'{name}: model_type={short(hf.get("model_type"))} cannot be read, only {", ".join(FAMILIES)}')
     family = FAMILIES[hf['model_type']]
     fields, biases = read_fields(family, hf, path)
@@ -243,7 +244,8 @@ def translate(name, family, config, theirs, biases):
     """Our state dict of their tensors. biases: {part of a block: whether it has them}; they are zeros elsewhere."""
     if config.n_layer > len(theirs):
         raise UserError(f'{name}: config.json has {config.n_layer} layers, and there are only {len(theirs)} weights')
-    expected = {ours: (shape, keys) for ours, (shape, keys) in layout(family, config).items()
+    tensors = layout(family, config)
+    expected = {ours: (shape, keys) for ours, (shape, keys) in tensors.items()
                 if not (ours.endswith('.bias') and not biases.get(ours.split('.')[-3], True))}
     keys = [key for _, keys in expected.values() for key in keys]
     if missing := [key for key in keys if key not in theirs]:
@@ -263,15 +265,14 @@ def translate(name, family, config, theirs, biases):
                 raise UserError(f'{name}: {key} has values that are not finite')
             parts.append(turn(family, key, w, config).float())
         weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    for ours, (shape, _) in layout(family, config).items():
+    for ours, (shape, _) in tensors.items():
         weights.setdefault(ours, torch.zeros(shape))
     return weights
 
 
 def listed(names):
-    """'a, b and 3 more are'"""
-    rest = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return f'{", ".join(names[:3])}{rest} {"is" if len(names) == 1 else "are"}'
+    """'a, b, c and 2 more are'"""
+    return f'{some(names)} {"is" if len(names) == 1 else "are"}'
 
 
 def read_fields(family, hf, path):
@@ -388,7 +389,6 @@ def write_rope(config):
 # out
 
 FILES = ('model.safetensors', 'model.safetensors.index.json', 'config.json', 'tokenizer.json', 'tokenizer_config.json')
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
 def check_folder(folder):
@@ -400,8 +400,8 @@ def check_folder(folder):
 
 def save(folder, config, state_dict, tokenizer, dtype='float32'):
     """Write config.json, model.safetensors and the tokenizer's files of a GPTConfig and our state dict (vocabulary not
-    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or names the GPTConfig field that
-    transformers has no class for."""
+    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or naming the GPTConfig field
+    that transformers has no class for."""
     if dtype not in DTYPES:
         raise UserError(f'dtype={dtype} is not one of {", ".join(DTYPES)}')
     check_folder(folder)
@@ -489,9 +489,8 @@ def from_peer(checkpoint, path):
     """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, which only the size of
     its vocabulary tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
     from model import GPTConfig
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds no GPT')
-    fields, weights = checkpoint.get('model_args') or checkpoint.get('config'), checkpoint.get('model')
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    fields, weights = content.get('model_args') or content.get('config'), content.get('model')
     fields = vars(fields) if isinstance(fields, PeerConfig) else fields
     if not (isinstance(fields, dict) and isinstance(weights, dict) and 'vocab_size' in fields
             and all(isinstance(w, torch.Tensor) for w in weights.values())):
