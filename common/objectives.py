@@ -26,8 +26,7 @@ class Objective:
             raise UserError(f'objective={config["objective"]}: the weights are of a model that ' +
                             ('predicts the next token' if self.mlm else 'fills masks, which is --objective=mlm'))
         if self.mlm and model_config.padded_vocab_size == self.vocab_size:
-            raise UserError(f'objective=mlm: {tokenizer} has {self.vocab_size} tokens, a multiple of 64, '
-                            'and so no id for a mask')
+            raise UserError(f'objective=mlm: {tokenizer} has {self.vocab_size} tokens, a multiple of 64, and so no id for a mask')
         if config['teacher']:
             self.teacher = load_teacher(config['teacher'], config['block_size'], model_config, tokenizer).to(device)
             if compiled:
