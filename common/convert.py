@@ -42,8 +42,16 @@ class Family(NamedTuple):
     names: dict  # {our module: theirs}; where they have several matrices we have one, with the rows of all
 
 
-ROPE = dict.fromkeys(('rope_theta', 'rope_type', 'rope_factor', 'rope_original_context', 'rope_low_freq_factor',
-                      'rope_high_freq_factor', 'rope_attention_factor'))  # read_rope and write_rope translate them
+LINEAR = dict(rope_factor=('factor', ...))
+SCALED = LINEAR | dict(rope_original_context=('original_max_position_embeddings', 0))
+ROPE_TYPES = {  # what config.json's rope_scaling holds for each rope_type; as Family.fields
+    'default': {},
+    'linear': LINEAR,
+    'llama3': SCALED | dict(rope_low_freq_factor=('low_freq_factor', ...),
+                            rope_high_freq_factor=('high_freq_factor', ...)),
+    'yarn': SCALED | dict(rope_low_freq_factor=('beta_slow', 1.0), rope_high_freq_factor=('beta_fast', 32.0),
+                          rope_attention_factor=('attention_factor', 0.0))}
+ROPE = dict.fromkeys(('rope_theta', 'rope_type', *ROPE_TYPES['yarn']))  # read_rope and write_rope translate them
 LLAMA_FIELDS = dict(block_size=('max_position_embeddings', ...), vocab_size=('vocab_size', ...),
                     n_layer=('num_hidden_layers', ...), n_head=('num_attention_heads', ...),
                     n_embd=('hidden_size', ...), n_kv_head=('num_key_value_heads', 0), head_size=('head_dim', 0),
@@ -333,19 +341,22 @@ def typed(value, kind, where):
 def read_rope(hf, path):
     """GPTConfig's rope_* fields of config.json's content, read as transformers does: rope_scaling, the older way to
     write them, goes before rope_parameters."""
+    from model import GPTConfig
     rope = hf.get('rope_scaling') or hf.get('rope_parameters') or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f'{path}: rope_parameters={short(rope)} has no counterpart in GPTConfig')
+    context = hf.get('original_max_position_embeddings')  # goes before the one inside
+    values = rope | ({'original_max_position_embeddings': context} if context else {})
 
     def get(name, default, kind=float):
-        value = rope.get(name)
+        value = values.get(name)
         value = default if value is None else value
         if value is ...:
             raise UserError(f'{path}: rope_parameters={short(rope)} has no {name}')
         return typed(value, kind, f'{path}: {name}')
 
     kind = get('rope_type', get('type', 'default', str), str)
-    if kind not in ('default', 'linear', 'llama3', 'yarn'):
+    if kind not in ROPE_TYPES:
         raise UserError(f'{path}: rope_scaling of the type {kind!r} has no counterpart in GPTConfig')
     for name, neutral in (('partial_rotary_factor', 1.0), ('truncate', True)):
         value = rope.get(name, hf.get(name))
@@ -353,37 +364,20 @@ def read_rope(hf, path):
             raise UserError(f'{path}: {name}={short(value)} has no counterpart in GPTConfig, only {neutral!r}')
     theta = hf.get('rope_theta')
     fields = dict(rope_type=kind, rope_theta=get('rope_theta', 10000.0 if theta is None else theta))
-    if kind == 'default':
-        return fields
-    fields['rope_factor'] = get('factor', ...)
-    if kind in ('llama3', 'yarn'):
-        original = hf.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or 0
-        fields['rope_original_context'] = typed(original, int, f'{path}: original_max_position_embeddings')
-    if kind == 'llama3':
-        fields |= dict(rope_low_freq_factor=get('low_freq_factor', ...),
-                       rope_high_freq_factor=get('high_freq_factor', ...))
-    if kind == 'yarn':
-        factor, scale, all_dim = fields['rope_factor'], get('mscale', 0.0), get('mscale_all_dim', 0.0)
-
-        def mscale(weight):
-            return 0.1 * weight * math.log(max(1, factor)) + 1
-        implied = mscale(scale) / mscale(all_dim) if scale and all_dim else mscale(1)
-        fields |= dict(rope_low_freq_factor=get('beta_slow', 1.0), rope_high_freq_factor=get('beta_fast', 32.0),
-                       rope_attention_factor=get('attention_factor', implied))
+    fields |= {ours: get(*where, type(getattr(GPTConfig, ours))) for ours, where in ROPE_TYPES[kind].items()}
+    if kind == 'yarn' and rope.get('attention_factor') is None:
+        scales = [get(name, 0.0) for name in ('mscale', 'mscale_all_dim')]
+        if all(scales):
+            scale, all_dim = (0.1 * x * math.log(max(1, fields['rope_factor'])) + 1 for x in scales)
+            fields['rope_attention_factor'] = scale / all_dim
     return fields
 
 
 def write_rope(config):
     """config.json's rope_theta and rope_scaling, which old and new versions of transformers read."""
-    scaling = dict(rope_type=config.rope_type, factor=config.rope_factor)
-    if config.rope_type in ('llama3', 'yarn'):
-        scaling |= dict(original_max_position_embeddings=config.rope_original_context)
-    if config.rope_type == 'llama3':
-        scaling |= dict(low_freq_factor=config.rope_low_freq_factor, high_freq_factor=config.rope_high_freq_factor)
-    if config.rope_type == 'yarn':
-        scaling |= dict(beta_slow=config.rope_low_freq_factor, beta_fast=config.rope_high_freq_factor,
-                        attention_factor=config.rope_attention_factor)
-    return dict(rope_theta=config.rope_theta) | (dict(rope_scaling=scaling) if config.rope_type != 'default' else {})
+    scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
+    return dict(rope_theta=config.rope_theta) | (
+        dict(rope_scaling=dict(rope_type=config.rope_type) | scaling) if scaling else {})
 
 # -----------------------------------------------------------------------------
 # out
