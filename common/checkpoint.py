@@ -65,7 +65,7 @@ writing = None  # the future of the checkpoint that is being written
 def save(checkpoint, out_dir, best=False, keep=0):
     """Start to write out_dir/ckpt.pt in the background, once the previous one is written. All processes call it.
 
-    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step), of which the last `keep` up to this step stay.
+    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step); the last `keep` up to this step stay.
     """
     global writing
     wait()
@@ -236,7 +236,7 @@ def alternative(path):
     archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
                       key=lambda path: -int(path.name.split('.')[0]))
     for other in *(path for _, path in files.numbered(folder)), *archived:
-        if str(other) != str(Path(path)) and not find_damage(other):
+        if other != Path(path) and not find_damage(other):
             return f'--init_from=resume:{other} takes the newest whole one'
     return ''
 
@@ -252,6 +252,9 @@ def check_entries(checkpoint, path, resume):
             value = checkpoint.get(name)
             expect(isinstance(value, kind) and not isinstance(value, bool), name, f'of type {kind.__name__}')
 
+    def all_are(kinds, values):
+        return all(isinstance(x, kinds) for x in values)
+
     todo = [*checkpoint.items()]
     while todo:
         name, x = todo.pop()
@@ -264,28 +267,27 @@ def check_entries(checkpoint, path, resume):
     if 'shards' in checkpoint:
         expect(isinstance(checkpoint['shards'], str) and SHARDS.fullmatch(checkpoint['shards']), 'shards',
                'the name of a folder beside it, such as shards_000000')
-        checkpoint.setdefault('optimizer', {'state': {}})
+    if resume or 'shards' in checkpoint:  # add_shards fills it
         is_a(dict, 'optimizer')
-        expect(isinstance(checkpoint['optimizer'].get('state'), dict), 'optimizer', 'of the form {state, param_groups}')
+        state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
+        expect(isinstance(state, dict) and all_are(dict, state.values()) and isinstance(groups, list)
+               and all_are(dict, groups) and all_are(list, (group.get('params') for group in groups)), 'optimizer',
+               'of the form {state, param_groups}')
     if not resume:
         return
-    is_a(dict, 'optimizer', 'data', 'config', 'scaler')
+    is_a(dict, 'data', 'config', 'scaler')
     is_a(list, 'random')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
-    expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config',
-           "a run's settings")
+    expect(all_are((bool, int, float, str), checkpoint['config'].values()), 'config', "a run's settings")
     is_a(numbers.Real, 'best_val_loss')
     for name in 'losses', 'norms':  # of the last steps
         past = checkpoint.get(name, [])
-        expect(isinstance(past, list) and all(isinstance(x, float) for x in past), name, 'a list of floats')
-    expect(all(isinstance(state, dict) and 'cpu' in state and all(
-        isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
-        for state in checkpoint['random']), 'random', "a list of random number generators' states")
-    state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
-    expect(isinstance(state, dict) and all(isinstance(x, dict) for x in state.values()) and isinstance(groups, list)
-           and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups), 'optimizer',
-           'of the form {state, param_groups}')
+        expect(isinstance(past, list) and all_are(float, past), name, 'a list of floats')
+    random = checkpoint['random']
+    expect(all_are(dict, random) and all('cpu' in states for states in random)
+           and all(getattr(x, 'dtype', None) == torch.uint8 for states in random for x in states.values()), 'random',
+           "a list of random number generators' states")
 
 
 def check_weights(checkpoint, path):

@@ -517,7 +517,7 @@ def record_progress():
 def connect_neighbours():
     """[connection to the previous rank, connection to the next rank]. The kernel closes them when a process ends,
     however it ends, and TCP's keepalive does when its machine is gone. Without them, only ranks that wait for data from
-    the dead one would notice, and NCCL's not before its timeout."""
+    that process would notice, and NCCL's not before its timeout."""
     if world_size == 1:
         return []
     dual = socket.has_dualstack_ipv6()
