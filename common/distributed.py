@@ -40,7 +40,7 @@ master = rank == 0  # the process that prints, logs and saves
 store = None  # torch.distributed's key-value store, a part of it that belongs to these processes
 progress = 0, time.monotonic()  # how many collectives this process has reached, and when it reached the last
 busy = failing = ended = False  # in work that the others wait for; printing an error; past the last collective
-neighbours = []  # connections to the previous and the next rank
+neighbours = []  # (rank, connection) of the previous and of the next one
 background = ThreadPoolExecutor(1)
 pending = None  # the last work given to it
 writers = None  # the process group in which threads that write shards talk, apart from the training
@@ -170,9 +170,9 @@ def shutdown():
     if dist.is_initialized():
         all_gather(None)
         ended = True
-        for neighbour in neighbours:
+        for _, connection in neighbours:
             with suppress(OSError):
-                neighbour.send(b'.')  # else its closing would look like a death
+                connection.send(b'.')  # else its closing would look like a death
         dist.destroy_process_group()
 
 
@@ -515,7 +515,7 @@ def record_progress():
 
 
 def connect_neighbours():
-    """[connection to the previous rank, connection to the next rank]. The kernel closes them when a process ends,
+    """[(rank, connection)] of the previous and of the next one. The kernel closes the connections when a process ends,
     however it ends, and TCP's keepalive does when its machine is gone. Without them, only ranks that wait for data from
     that process would notice, and NCCL's not before its timeout."""
     if world_size == 1:
@@ -552,7 +552,7 @@ def connect_neighbours():
         for option, seconds in ('TCP_KEEPIDLE', 10), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 6):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
-    return [from_previous, to_next]
+    return [(previous, from_previous), (following, to_next)]
 
 
 def watchdog(timeout, parent):
@@ -567,8 +567,8 @@ def watchdog(timeout, parent):
     """
     interval = min(10, timeout / 10)
     selector, agent = selectors.DefaultSelector(), 'TORCHELASTIC_RUN_ID' in os.environ
-    for neighbour, other in zip(neighbours, ((rank - 1) % world_size, (rank + 1) % world_size)):
-        selector.register(neighbour, selectors.EVENT_READ, other)
+    for other, connection in neighbours:
+        selector.register(connection, selectors.EVENT_READ, other)
     alarm, alarm_time, look_time, verdict = 0, -math.inf, 0, None  # verdict: when to count the answers to our alarm
     try:
         while not ended:
