@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-import uuid
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -443,31 +443,26 @@ def check_exportable(config, name):
 
 
 def write_folder(folder, weights, files):
-    """Write model.safetensors and files {name: JSON object, text or bytes}, each under a temporary name until it is
+    """Write model.safetensors and files {name: JSON object, text or bytes}, which get their places once all are
     complete; config.json, which makes the folder a model, is the last."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    temporary = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in ('model.safetensors', *files):
-            path = temporary[file] = folder / f'{file}.{uuid.uuid4().hex[:12]}.tmp'
-            if file == 'model.safetensors':
-                save_file(weights, path, metadata={'format': 'pt'})
-            else:
-                content = files[file]
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            save_file(weights, Path(temporary, 'model.safetensors'), metadata={'format': 'pt'})
+            for file, content in files.items():
                 if isinstance(content, dict):
                     content = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
-                path.write_bytes(content if isinstance(content, bytes) else content.encode())
-            with open(path, 'rb+') as f:
-                os.fsync(f.fileno())
-        for file, path in sorted(temporary.items(), key=lambda pair: pair[0] == 'config.json'):
-            os.replace(path, folder / file)
+                Path(temporary, file).write_bytes(content if isinstance(content, bytes) else content.encode())
+            written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == 'config.json')
+            for path in written:
+                with open(path, 'rb+') as f:
+                    os.fsync(f.fileno())
+            for path in written:
+                os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 # -----------------------------------------------------------------------------
 # peers' checkpoints
