@@ -102,7 +102,7 @@ def check_tokenizer(data):
     return tokenizer, f'{tokenizer.name}, {tokenizer.vocab_size:,} ids'
 
 
-def check_model(config, data, tokenizer):
+def check_model(config, tokenizer):
     """Found: the run's GPTConfig."""
     source, path = config['init_from'], os.path.join(config['out_dir'], checkpoint.NAME)
     if source == 'auto':
@@ -298,7 +298,7 @@ def before_training(table, config, processes, folder):
     step = table.check('settings', check_settings, config, processes)
     data = table.check('data', check_data, config, step or config['total_batch_size'])
     tokenizer = table.check('tokenizer', check_tokenizer, data)
-    gpt = table.check('model', check_model, config, data, tokenizer)
+    gpt = table.check('model', check_model, config, tokenizer)
     table.check('memory', check_memory, config, gpt, processes)
     table.check('disk', check_disk, config, gpt)
     items = table.check('hellaswag', check_hellaswag, config, tokenizer, gpt)
