@@ -499,7 +499,8 @@ def request_stop(number, frame):
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.monotonic()
-        print0(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
+        if master:  # print may be in the middle of a line, and raises when it is called again
+            os.write(1, f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)\n'.encode())
     elif time.monotonic() - stop_time > 2:  # earlier it is torchrun, passing on what the terminal told every process
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)

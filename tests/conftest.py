@@ -52,10 +52,10 @@ def command(script, *args, processes=0, torchrun=()):
     return [*launcher, str(ROOT / script), *map(str, args)]
 
 
-def start(script, *args, processes=0, torchrun=(), **env):
+def start(script, *args, processes=0, torchrun=(), fork=True, **env):
     """The script as a running process (text pipes, a process group of its own): by its command line under torchrun and
     where libraries may read env as they are imported, else forked."""
-    if not processes and not env:
+    if fork and not processes and not env:
         return Script(command(script, *args)[1:], environment())
     return subprocess.Popen(command(script, *args, processes=processes, torchrun=torchrun), cwd=ROOT, text=True,
                             env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -152,6 +152,15 @@ def dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A script that runs in this process sets handlers; with sample.py's for SIGPIPE, a write to an ended process kills."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def inside(monkeypatch, capsys):
     """inside(script, *args): run a script in this process, which spares the seconds that a new one takes to start.
@@ -164,7 +173,6 @@ def inside(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() installs its own
     monkeypatch.setattr(distributed, 'stop_signal', 0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     precision, random = torch.get_float32_matmul_precision(), torch.get_rng_state()
 
     def run_inside(script, *args):
@@ -179,7 +187,5 @@ def inside(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run_inside
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_float32_matmul_precision(precision)
     torch.set_rng_state(random)

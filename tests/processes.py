@@ -7,6 +7,7 @@ import pickle
 import runpy
 import subprocess
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,8 @@ class Script:
         self.stdout, self.stderr = (open(os.dup(end.fileno()), encoding='utf-8') for end, _ in (out, err))
         for end in *out, *err:
             end.close()
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:  # killpg needs its session
+            time.sleep(0.001)
 
     @property
     def returncode(self):
