@@ -500,7 +500,8 @@ def request_stop(number, frame):
     if not stop_signal:
         stop_signal, stop_time = number, time.monotonic()
         if master:  # print may be in the middle of a line, and raises when it is called again
-            os.write(1, f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)\n'.encode())
+            name = signal.Signals(number).name
+            os.write(1, f'\n{name}: finishing this step, then saving (again to stop at once)\n'.encode())
     elif time.monotonic() - stop_time > 2:  # earlier it is torchrun, passing on what the terminal told every process
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
