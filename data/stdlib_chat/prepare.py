@@ -1,0 +1,91 @@
+"""
+Questions about Python's standard library, answered by its own documentation: a chat dataset on every machine, without
+a download.
+
+    python data/stdlib_chat/prepare.py
+
+What a function does, which one does that, and its signature: parsed from the source, of which nothing is run. The files
+that data/stdlib holds out are held out here, so that a model of that dataset has not read them.
+
+    train.jsonl, val.jsonl              the conversations, which become the dataset's shards
+    pairs_train.jsonl, pairs_val.jsonl  for dpo.py: the true answer, and another function's
+"""
+import ast
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
+from configurator import configure
+from data.download import write
+from data.stdlib.prepare import files, held_out, read, root
+
+tokenizer = 'bytes'  # or 'gpt2'
+out_dir = ''  # the dataset's folder; empty: the one of this script
+max_chars = 112  # of a question and its answer: with the chat's marks they fit the 128 tokens of config/quickstart.py
+seed = 1337  # of the order, and of the pairs
+
+
+def definitions(body, parent):
+    """(qualified name, node) of the public functions and classes in a list of statements, and in those classes."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not node.name.startswith('_') or node.name.endswith('__'):
+                yield f'{parent}.{node.name}', node
+                if isinstance(node, ast.ClassDef):
+                    yield from definitions(node.body, f'{parent}.{node.name}')
+
+
+def conversations(file):
+    """(kind, question, answer) for each public function and class of a file of the library."""
+    try:
+        tree = ast.parse(read(root / file) or '')
+    except SyntaxError:  # on purpose
+        return
+    module = file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+    if '._' in f'.{module}':
+        return
+    for name, node in dict(definitions(tree.body, module)).items():
+        if not isinstance(node, ast.ClassDef):
+            yield 'signature', f'What is the signature of {name}?', f'{node.name}({ast.unparse(node.args)})'
+        if does := ' '.join((ast.get_docstring(node) or '').split('\n\n')[0].split()):
+            yield 'what', f'What does {name} do?', does
+            yield 'which', f'Which {"class" if isinstance(node, ast.ClassDef) else "function"} does this: {does}', name
+
+
+def fitting(files):
+    """The (kind, question, answer) of these files that are short enough and have one answer, shuffled."""
+    found, answers = [], {}
+    for kind, question, answer in (c for file in files for c in conversations(file)):
+        answers.setdefault(question, set()).add(answer)
+        if len(question + answer) <= max_chars:
+            found.append((kind, question, answer))
+    found = [c for c in found if len(answers[c[1]]) == 1]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def jsonl(rows):
+    return ''.join(json.dumps(row) + '\n' for row in rows).encode()
+
+
+def pairs(found):
+    """Each question with its answer and, as the rejected one, the next answer of its kind."""
+    for kind in sorted({kind for kind, _, _ in found}):
+        asked = [(question, answer) for k, question, answer in found if k == kind]
+        for (question, answer), (_, other) in zip(asked, asked[1:] + asked[:1]):
+            if other != answer:
+                yield {'prompt': question, 'chosen': answer, 'rejected': other}
+
+
+if __name__ == '__main__':
+    configure(globals())
+    out_dir = Path(out_dir or Path(__file__).parent)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for split, part in ('train', [file for file in files if file not in held_out]), ('val', held_out):
+        found = fitting(part)
+        write(out_dir / f'{split}.jsonl', jsonl(
+            {'kind': kind, 'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]}
+            for kind, question, answer in found))
+        write(out_dir / f'pairs_{split}.jsonl', jsonl(pairs(found)))
