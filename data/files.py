@@ -25,14 +25,14 @@ class Bad(str):
     """Why a document could not be read, in place of its text."""
 
 
-def find_files(patterns):
+def find_files(patterns, setting='data_files'):
     """The files that comma-separated glob patterns name, sorted. '**' goes through folders."""
     files = set()
     for pattern in patterns.split(','):
         pattern = os.path.expanduser(pattern.strip())
         found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
         if not found:
-            raise UserError(f"data_files: no file is named '{pattern}'"
+            raise UserError(f"{setting}: no file is named '{pattern}'"
                             + f', but a folder is: try {pattern}/*' * os.path.isdir(pattern))
         files |= set(found)
     return sorted(files)
@@ -132,7 +132,9 @@ def decode(text, line):
 
 
 def field(row, key):
-    """row[key], if it is a text."""
+    """row[key], if it is a text; key(row), if key is a function."""
+    if callable(key):
+        return key(row)
     if not isinstance(row, dict):
         return Bad(f'not an object with the key {key}')
     if key not in row:

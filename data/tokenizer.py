@@ -6,6 +6,7 @@ Tokenizers: text to token ids and back. get_tokenizer takes
     cl100k_base …  any encoding of tiktoken's
     data/tok       a tokenizer.json (byte-level BPE, WordPiece, Unigram …): its path, its folder, or a model on the hub
     meta.pkl       nanoGPT's characters: its path or its folder
+    gpt2+chatml …  any of these with the two tokens of ChatML, in which conversations are written (data/conversation.py)
 
     tokenizer = get_tokenizer('gpt2')
     tokenizer.encode('Hello world')  # array([15496, 995], dtype=uint16)
@@ -14,6 +15,7 @@ Another tokenizer is a class with Tokenizer's members and a row in TOKENIZERS.
 """
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,18 +28,20 @@ import numpy as np
 from data.errors import UserError
 
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text id is written; the same characters in a text are only text
+CHATML, IM_START, IM_END = '+chatml', '<|im_start|>', '<|im_end|>'  # the end of the name; what begins and ends a message
 
 
 class Tokenizer:
     """
     name: tells it from every other one; vocab_size: the largest id plus 1; eot: the end-of-text id; dtype: of its ids
     eot_is_text: eot also occurs within texts
+    im_start, im_end: the ids that begin and end a message of a conversation; None without ChatML
     files: {name: bytes} that a dataset or a run keeps of it; none where the name is enough
     encode(text): (n,) ids of self.dtype, never eot: no characters of a text are a special token
     encode_documents(texts): (n,) ids of many texts, each preceded by eot
     decode_bytes(ids): what each id stands for in the middle of a text, joined
     """
-    eot_is_text, files = False, {}
+    eot_is_text, files, im_start, im_end = False, {}, None, None
 
     def decode(self, ids):
         """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
@@ -137,6 +141,9 @@ class TokenizerJSON(Tokenizer):
         self.byte_level = 'ByteLevel' in str(self.hf.decoder)
         self.eot_is_text = len(end) == 1  # of Characters
         self.end, self.sha256 = end, hashlib.sha256(content).hexdigest()
+        self.chat_template = json.loads(config or b'{}').get('chat_template')
+        if self.chat_template == chat_template(end):  # exported from here
+            self.im_start, self.im_end = vocabulary.get(IM_START), vocabulary.get(IM_END)
         self.name = f'tokenizer.json {self.sha256[:12]} (end: {end!r})'
         self.files = {'tokenizer.json': content, 'tokenizer_config.json': config or json.dumps(
             {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end}).encode()}
@@ -226,11 +233,39 @@ class Characters(TokenizerJSON):
         super().__init__(json.dumps(content).encode(), json.dumps(end).encode())
 
 
+class ChatML(Tokenizer):
+    """Another tokenizer with ChatML's two tokens: the ids after its last, unless its vocabulary has them."""
+
+    def __init__(self, base):
+        vocabulary = base.hf.get_vocab() if base.files else {}
+        if getattr(base, 'chat_template', None) or base.im_start is not None:
+            raise UserError(f'{base.name} has a chat template of its own, and takes no other one')
+        new = [token for token in (IM_START, IM_END) if token not in vocabulary]
+        ids = vocabulary | {token: base.vocab_size + i for i, token in enumerate(new)}
+        self.base, self.name, self.vocab_size = base, base.name + CHATML, base.vocab_size + len(new)
+        self.im_start, self.im_end, self.eot, self.eot_is_text = ids[IM_START], ids[IM_END], base.eot, base.eot_is_text
+        self.dtype, self.end = smallest_dtype(self.vocab_size), getattr(base, 'end', END_OF_TEXT)
+        self.files, self.sha256 = base.files, getattr(base, 'sha256', '')
+
+    def encode(self, text):
+        return self.base.encode(text).astype(self.dtype, copy=False)
+
+    def encode_documents(self, texts):
+        return self.base.encode_documents(texts).astype(self.dtype, copy=False)
+
+    def decode_bytes(self, ids):
+        special = {self.im_start: IM_START.encode(), self.im_end: IM_END.encode()}
+        return b''.join(self.base.decode_bytes(list(run)) if token is None else token * len(list(run))
+                        for token, run in itertools.groupby(plain(ids), special.get))
+
+
 TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (GPT2, Bytes)}
 
 
 def get_tokenizer(spec):
     """The Tokenizer that `spec` names (see above). Raises UserError."""
+    if spec.endswith(CHATML):
+        return ChatML(get_tokenizer(spec.removesuffix(CHATML)))
     if spec in TOKENIZERS or os.path.basename(spec) == spec and spec in tiktoken_names():
         return named(spec)
     path = locate(spec)
@@ -240,7 +275,7 @@ def get_tokenizer(spec):
 
 def tokenizer_name(spec):
     """The name of the Tokenizer that `spec` names: two with the same name are the same. gpt2's needs no vocabulary."""
-    return spec if spec in TOKENIZERS else get_tokenizer(spec).name
+    return spec if spec.removesuffix(CHATML) in TOKENIZERS else get_tokenizer(spec).name
 
 
 @functools.cache
@@ -303,7 +338,8 @@ def from_file(path, config, *_modified):
 def to_record(tokenizer):
     """What meta.json and checkpoints say of a tokenizer, from which from_record finds it again."""
     if tokenizer.files:
-        return {'tokenizer': 'tokenizer.json', 'tokenizer_sha256': tokenizer.sha256}
+        chatml = CHATML * tokenizer.name.endswith(CHATML)
+        return {'tokenizer': 'tokenizer.json' + chatml, 'tokenizer_sha256': tokenizer.sha256}
     return {'tokenizer': tokenizer.name}
 
 
@@ -315,7 +351,7 @@ def from_record(record, folder):
     found = sorted(filter(Path.is_file, Path(folder).glob('*tokenizer.json')), key=lambda path: (len(path.name), path))
     for path in found:
         if hashlib.sha256(path.read_bytes()).hexdigest() == record['tokenizer_sha256']:
-            return str(path)
+            return str(path) + CHATML * record['tokenizer'].endswith(CHATML)
     why = ('is another tokenizer: its sha256 is not' if found else
            'is missing: copy it from where this folder is from; its sha256 is')
     raise UserError(f'{Path(folder) / "tokenizer.json"} {why} {record["tokenizer_sha256"]}')
@@ -330,7 +366,7 @@ def keep_files(tokenizer, folder, write):
             write(path, content)
         elif name == 'tokenizer.json' and path.read_bytes() != content:
             raise UserError(f'{path} is another tokenizer than {tokenizer.name}: give another folder')
-    return str(Path(folder, 'tokenizer.json')) if tokenizer.files else tokenizer.name
+    return str(Path(folder, to_record(tokenizer)['tokenizer'])) if tokenizer.files else tokenizer.name
 
 # -----------------------------------------------------------------------------
 # helpers
@@ -387,6 +423,8 @@ def tokenizer_files(tokenizer, block_size):
     """The content of tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer makes a
     tokenizer with our ids: dictionaries, or the bytes of its own. As usual there, and unlike here, '<|endoftext|>' in a
     text is the end-of-text id. Raises UserError for an encoding of tiktoken's other than gpt2."""
+    if tokenizer.name.endswith(CHATML):
+        return with_chatml(tokenizer, tokenizer_files(tokenizer.base, block_size))
     if tokenizer.files:
         config = json.loads(tokenizer.files['tokenizer_config.json'])
         return {'tokenizer.json': tokenizer.files['tokenizer.json'],
@@ -407,6 +445,25 @@ def tokenizer_files(tokenizer, block_size):
             'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
                                           bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
                                           clean_up_tokenization_spaces=False)}
+
+
+def with_chatml(tokenizer, files):
+    """The files of a ChatML's base, with its tokens and its template."""
+    content = files['tokenizer.json']
+    content = json.loads(content) if isinstance(content, bytes) else content
+    known = {token['content'] for token in content['added_tokens']}
+    content['added_tokens'] += [dict(id=i, content=token, special=True, normalized=False, single_word=False, lstrip=False,
+                                     rstrip=False) for token, i in ((IM_START, tokenizer.im_start), (IM_END, tokenizer.im_end))
+                                if token not in known]
+    return {'tokenizer.json': content,
+            'tokenizer_config.json': files['tokenizer_config.json'] | {'chat_template': chat_template(tokenizer.end)}}
+
+
+def chat_template(eot):
+    """What data.conversation.encode does, as a Jinja template for transformers; eot: how the end-of-text id is written."""
+    message = f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] | trim + '{IM_END}\\n' }}}}"
+    answer = f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
+    return f'{eot}{{% for message in messages %}}{message}{{% endfor %}}{answer}'
 
 
 def printable(token):
