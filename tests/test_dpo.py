@@ -15,7 +15,6 @@ from data.errors import UserError
 from data.pairs import collate, read_pairs, shuffled
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from test_distributed import run_here
 
 CHAT = get_tokenizer('bytes+chatml')
 ROWS = [{'prompt': f'{a}?', 'chosen': f'yes {a}', 'rejected': f'no {a}'} for a in 'abcdefghijklmnopqrstuvwxyz'[:20]]
@@ -27,7 +26,7 @@ def write(path, rows):
 
 
 @pytest.fixture
-def dpo(tmp_path):
+def dpo(inside, tmp_path):
     """dpo(out_dir, *args, processes=0): run dpo.py, tiny, from one model of bytes+chatml."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=64, vocab_size=CHAT.vocab_size, n_layer=2, n_head=2, n_embd=32))
@@ -40,10 +39,11 @@ def dpo(tmp_path):
                 f'--val_pairs={val}', '--batch_size=4', '--gradient_accumulation_steps=2', '--learning_rate=1e-3',
                 '--warmup_iters=2', '--max_iters=20', '--eval_interval=10', '--device=cpu', '--dtype=float32',
                 '--compile=False', *args]
-        return run(*args, processes=processes) if processes else run_here(*args)
+        return run(*args, processes=processes) if processes else inside(*args)
     return dpo
 
 
+@torch.no_grad()
 def log_prob(model, messages):
     """The sum over what the assistant wrote, token by token, in float64."""
     ids, scored = encode(messages, CHAT)
@@ -88,15 +88,14 @@ def test_the_gradient_is_the_formulas():
     torch.testing.assert_close(losses, torch.tensor([0.0, 0.0]))  # 1 / (2 beta) is 1
 
 
-def test_a_run_that_is_stopped_continues_as_if_it_was_not(dpo, tmp_path, capsys):
+def test_a_run_that_is_stopped_continues_as_if_it_was_not(dpo, tmp_path):
     dpo('one', '--keep_checkpoints=2', '--optimizer=muon')
     stop = at_step(tmp_path, 7, 'signal.raise_signal(signal.SIGTERM)')
     clip = torch.nn.utils.clip_grad_norm_
     try:
-        dpo('cut', stop, '--optimizer=muon')
+        assert 'ckpt.pt at step 7; --init_from=resume' in dpo('cut', stop, '--optimizer=muon')
     finally:
         torch.nn.utils.clip_grad_norm_, distributed.stop_signal = clip, 0
-    assert 'ckpt.pt at step 7; --init_from=resume' in capsys.readouterr().out
     dpo('cut', '--init_from=resume', '--optimizer=muon')
     assert read_log(tmp_path / 'cut') == read_log(tmp_path / 'one')
     dpo('one', f'--init_from=resume:{tmp_path}/one/ckpt_000010.pt', '--optimizer=muon')
@@ -182,11 +181,11 @@ def test_what_makes_no_run_is_refused_and_leaves_nothing(dpo, tmp_path, monkeypa
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_resume_with_other_pairs_is_refused(dpo, tmp_path, dataset):
+def test_a_resume_with_other_pairs_is_refused(dpo, inside, tmp_path, dataset):
     dpo('out', '--max_iters=1')
     write(tmp_path / 'train.jsonl', ROWS[1:16])
     with pytest.raises(UserError, match='the pairs changed since .*: --init_from=.*ckpt.pt starts'):
         dpo('out', '--init_from=resume')
-    run_here('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/text', '--max_iters=1')
+    inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/text', '--max_iters=1')
     with pytest.raises(UserError, match='is of a run of train.py'):
         dpo('text', '--init_from=resume', '--optimizer=adamw')
