@@ -44,12 +44,12 @@ def conversations(paths):
             yield messages
 
 
-def read_conversations(path, parse=None):
-    """(line, messages or Bad) for each line of a json or jsonl file. parse: instead of to_messages."""
+def read_conversations(path):
+    """(line, messages or Bad) for each line of a json or jsonl file."""
     end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
     if READERS.get(end) is not read_json:
         return iter([(1, Bad('conversations are read from json and jsonl'))])
-    return read(path, parse or to_messages, '')
+    return read(path, to_messages, '')
 
 
 def to_messages(row):

@@ -8,9 +8,9 @@ Preferences: two answers to a prompt, of which the first is better. They are rea
 import numpy as np
 import torch
 
-from data.conversation import encode, read_conversations, to_messages
+from data.conversation import encode, json_files, to_messages
 from data.errors import UserError
-from data.files import Bad, find_files
+from data.files import Bad, read
 from data.loader import permute, stream_keys
 
 
@@ -23,8 +23,8 @@ def read_pairs(paths, tokenizer, block_size):
     Raises UserError with file and line for a line that holds no pair, and if there is none.
     """
     pairs, left_out = [], 0
-    for path in find_files(paths, 'pairs'):
-        for line, pair in read_conversations(path, to_pair):
+    for path in json_files(paths):
+        for line, pair in read(path, to_pair, ''):
             if isinstance(pair, Bad):
                 raise UserError(f'{path}:{line}: {pair}')
             pair = [encode(messages, tokenizer) for messages in pair]

@@ -12,19 +12,24 @@ that data/stdlib holds out are held out here, so that a model of that dataset ha
 """
 import ast
 import json
+import platform
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from configurator import configure
+from data.conversation import chat_tokenizer, encode, prepare_conversations
 from data.download import write
+from data.prepare import corpus_of
 from data.stdlib.prepare import files, held_out, read, root
 
 tokenizer = 'bytes'  # or 'gpt2'
 out_dir = ''  # the dataset's folder; empty: the one of this script
-max_chars = 112  # of a question and its answer: with the chat's marks they fit the 128 tokens of config/quickstart.py
+block_size = 128  # tokens in a block, as in config/quickstart.py; longer conversations are left out
 seed = 1337  # of the order, and of the pairs
+
+PROPERTY = {'property', 'cached_property', 'abstractproperty', 'setter', 'deleter'}  # decorators: no signature of their own
 
 
 def definitions(body, parent):
@@ -47,21 +52,24 @@ def conversations(file):
     if '._' in f'.{module}':
         return
     for name, node in dict(definitions(tree.body, module)).items():
-        if not isinstance(node, ast.ClassDef):
+        if not isinstance(node, ast.ClassDef) and not {ast.unparse(d).split('.')[-1] for d in node.decorator_list} & PROPERTY:
             yield 'signature', f'What is the signature of {name}?', f'{node.name}({ast.unparse(node.args)})'
         if does := ' '.join((ast.get_docstring(node) or '').split('\n\n')[0].split()):
             yield 'what', f'What does {name} do?', does
             yield 'which', f'Which {"class" if isinstance(node, ast.ClassDef) else "function"} does this: {does}', name
 
 
-def fitting(files):
-    """The (kind, question, answer) of these files that are short enough and have one answer, shuffled."""
+def answered(question, answer):
+    return [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
+
+
+def chosen(files):
+    """The (kind, question, answer) of these files that fit into a block and have one answer, shuffled."""
     found, answers = [], {}
     for kind, question, answer in (c for file in files for c in conversations(file)):
         answers.setdefault(question, set()).add(answer)
-        if len(question + answer) <= max_chars:
-            found.append((kind, question, answer))
-    found = [c for c in found if len(answers[c[1]]) == 1]
+        found.append((kind, question, answer))
+    found = [c for c in found if len(answers[c[1]]) == 1 and len(encode(answered(*c[1:]), chat)[0]) <= block_size]
     random.Random(seed).shuffle(found)
     return found
 
@@ -81,11 +89,11 @@ def pairs(found):
 
 if __name__ == '__main__':
     configure(globals())
-    out_dir = Path(out_dir or Path(__file__).parent)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for split, part in ('train', [file for file in files if file not in held_out]), ('val', held_out):
-        found = fitting(part)
-        write(out_dir / f'{split}.jsonl', jsonl(
-            {'kind': kind, 'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]}
-            for kind, question, answer in found))
+    chat, out_dir = chat_tokenizer(tokenizer), Path(out_dir or Path(__file__).parent)
+    parts = {'train': chosen([file for file in files if file not in held_out]), 'val': chosen(held_out)}
+    train, val = (corpus_of([json.dumps(answered(*c[1:])) for c in found]) for found in parts.values())
+    prepare_conversations(out_dir, train, val, tokenizer, block_size, num_proc=1, settings={'seed': seed},
+                          source={'dataset': "questions about Python's standard library", 'version': platform.python_version()})
+    for split, found in parts.items():
+        write(out_dir / f'{split}.jsonl', jsonl({'kind': kind, 'messages': answered(*c)} for kind, *c in found))
         write(out_dir / f'pairs_{split}.jsonl', jsonl(pairs(found)))
