@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -179,10 +180,13 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D), S = everything so far
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=config.causal and mask is None and T > 1,
-            dropout_p=config.dropout if self.training else 0.0,
-            enable_gqa=config.n_kv_head != config.n_head)  # (B, H, T, D)
+        grouped = config.n_kv_head != config.n_head
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=config.causal and mask is None and T > 1,
+                dropout_p=config.dropout if self.training else 0.0, enable_gqa=grouped)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 
@@ -322,7 +326,8 @@ class GPT(nn.Module):
         """Hidden states (B, T, C), after the last normalisation, of token ids idx (B, T) int64.
 
         positions: (T,) or (B, T) int64, each token's place in its text; by default 0 … T-1, after what cache holds.
-        mask: bool, broadcastable to (B, H, T, S), True where a token attends; by default GPTConfig's causal.
+        mask: bool, broadcastable to (B, H, T, S), True where a token attends; or FlexAttention's BlockMask, without
+            dropout; by default GPTConfig's causal.
         cache: from new_cache(); these T tokens are appended to it.
         """
         T = idx.size(1)
@@ -446,6 +451,23 @@ class GPT(nn.Module):
                 wpe.t()[None], size=block_size, mode='linear', align_corners=True)[0].t().contiguous(), freeze=False)
         vars(config).update(vars(new))  # each block has the same config
         self.init_rope()
+
+    @torch.no_grad()
+    def extend_vocab(self, first, vocab_size):
+        """Give the ids from first to vocab_size - 1, of tokens that the weights have not seen, rows drawn from a normal
+        distribution with the mean and the standard deviation of the rows before (Hewitt 2021, "Initializing New Word
+        Embeddings for Pretrained Language Models"). Raises ValueError for a model that fills masks."""
+        if not self.config.causal:
+            raise ValueError(f'a model that fills masks has no id for tokens beyond its vocabulary of {first}')
+        vocab_size = max(vocab_size, self.config.vocab_size)
+        self.config.vocab_size, new = vocab_size, vocab_size - first
+        for module in (self.transformer.wte, self.lm_head)[:2 - self.config.tie_embeddings]:
+            w = F.pad(module.weight, (0, 0, 0, self.config.padded_vocab_size - len(module.weight)))
+            old = w[:first]
+            w[first:vocab_size] = old.mean(dim=0) + old.std(dim=0) * torch.randn(new, w.size(1))
+            module.weight = nn.Parameter(w, module.weight.requires_grad)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @classmethod
     def from_pretrained(cls, name, **overrides):

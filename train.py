@@ -27,7 +27,7 @@ from common import checkpoint, distributed, files, log, lora, objectives, optimi
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from data.loader import Loader
-from data.tokenizer import get_tokenizer, to_record, tokenizer_name
+from data.tokenizer import CHATML, get_tokenizer, to_record, tokenizer_name
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -55,6 +55,7 @@ wandb_project = 'gpt2'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'fineweb_edu_10B'  # a folder in data/, a path, or a mixture such as 'fineweb_edu_10B:0.8,stdlib:0.2'
+document_mask = False  # tokens attend within their own document, not to the one before it in the block
 shuffle = True  # a new order in each epoch; False: as written
 total_batch_size = 524288  # tokens in a step, over all processes and micro-batches
 gradient_accumulation_steps = 0  # micro-batches in a step, over all processes; 0: total_batch_size decides
@@ -205,7 +206,9 @@ def get_model():
 def fit_model(model, vocabulary):
     """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
     vocabulary = tokenizer_name(vocabulary)
-    if vocabulary != tokenizer.name:
+    if vocabulary + CHATML == tokenizer.name and not resumed:
+        model.extend_vocab(tokenizer.base.vocab_size, tokenizer.vocab_size)
+    elif vocabulary != tokenizer.name:
         raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
     longer = block_size > model.config.block_size
     if longer and resumed:
@@ -228,7 +231,8 @@ try:
     model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
-    criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled)
+    criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled,
+                                     documents=tokenizer if document_mask else None)
     opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 except ValueError as error:  # settings that make no model
     raise UserError(error) from None
@@ -275,7 +279,7 @@ def validation_loss(data):
     for batch in data.eval_batches(max(1, eval_tokens // block_size)):
         x, y = criterion.batch(*batch, generator)
         with autocast(dtype, device):
-            _, loss = model(x, y, return_logits=False)
+            _, loss = model(x, y, return_logits=False, mask=criterion.mask(x))
         n = (y != -1).sum()
         total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
         if not eval_only and distributed.stop_agreed(device):

@@ -5,6 +5,7 @@ and its mean over a step's tokens.
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
 from common import checkpoint, distributed
 from data.errors import UserError
@@ -15,11 +16,12 @@ class Objective:
     """What train.py's settings, {name: value}, ask of a model with this GPTConfig and tokenizer, on the device.
 
     With a teacher, (1 - teacher_weight) * cross-entropy + teacher_weight * KL divergence from its distribution (Hinton et
-    al. 2015, arXiv:1503.02531); every process has the whole teacher. Raises UserError for a model or a teacher that does
-    not fit.
+    al. 2015, arXiv:1503.02531); every process has the whole teacher. documents: a Tokenizer, whose end-of-text id separates
+    documents that don't attend to each other; None: they do. Raises UserError for a model, a teacher or a tokenizer that
+    does not fit.
     """
 
-    def __init__(self, config, model_config, tokenizer, device, compiled=False):
+    def __init__(self, config, model_config, tokenizer, device, compiled=False, documents=None):
         self.config, self.vocab_size, self.teacher = config, model_config.vocab_size, None
         self.mlm, self.kl_divergence = config['objective'] == 'mlm', kl_divergence
         if model_config.causal == self.mlm:
@@ -27,6 +29,15 @@ class Objective:
                             ('predicts the next token' if self.mlm else 'fills masks, which is --objective=mlm'))
         if self.mlm and model_config.padded_vocab_size == self.vocab_size:
             raise UserError(f'objective=mlm: {tokenizer} has {self.vocab_size} tokens, a multiple of 64, and so no id for a mask')
+        self.documents, self.create_mask = documents, None
+        if documents:
+            if self.mlm:
+                raise UserError('document_mask is for objective=next_token: a mask may hide where a document ends')
+            if documents.eot_is_text:
+                raise UserError(f'document_mask: {tokenizer} has no end-of-text id of its own to tell documents apart')
+            # FlexAttention has no dropout, needs a head of 16, and is slow unless it is compiled for a GPU
+            if 'cuda' in device and compiled and not model_config.dropout and model_config.head_size >= 16:
+                self.create_mask = torch.compile(create_block_mask)
         if config['teacher']:
             self.teacher = load_teacher(config['teacher'], config['block_size'], model_config, tokenizer).to(device)
             if compiled:
@@ -37,13 +48,18 @@ class Objective:
         """x, y: (B, T) int64 each, of the Loader's: what the model reads and its targets, -1 where none is scored."""
         return mask_tokens(x, y, self.vocab_size, generator) if self.mlm else (x, y)
 
+    def mask(self, x):
+        """Which tokens attend to which, for GPT.forward, of x (B, T) int64; None: to all that precede them."""
+        return self.documents and document_mask(x, self.documents.eot, self.create_mask)
+
     def __call__(self, model, x, y):
         """The mean loss over the tokens with y != -1, a float32 scalar, of a model as the training step calls it."""
+        mask = self.mask(x)
         if not self.teacher:
-            return model(x, y, return_logits=False)[1]
+            return model(x, y, return_logits=False, mask=mask)[1]
         with torch.no_grad():
-            target, _ = self.teacher(x, y)  # (B, T, V)
-        logits, loss = model(x, y)
+            target, _ = self.teacher(x, y, mask=mask)  # (B, T, V)
+        logits, loss = model(x, y, mask=mask)
         weight, temperature = self.config['teacher_weight'], self.config['teacher_temperature']
         return (1 - weight) * loss + weight * self.kl_divergence(logits, target, y, temperature)
 
@@ -62,6 +78,19 @@ def load_teacher(source, block_size, model_config, tokenizer):
         raise UserError(f'block_size={block_size} is longer than the teacher\'s context of {its.block_size}: '
                         f'--block_size={its.block_size}')
     return teacher.eval().requires_grad_(False)
+
+
+def document_mask(x, eot, create_mask=None):
+    """Each token of x (B, T) int64 attends to those before it in its document, which begins with the id eot: a mask
+    (B, 1, T, T), bool, or what create_mask, which is create_block_mask, makes of it. Positions still count from the
+    beginning of the block: to RoPE it is all the same, and learned positions are all trained."""
+    document = (x == eot).cumsum(dim=1)  # (B, T): its number
+    if not create_mask:
+        return (document[:, :, None] == document[:, None]).tril()[:, None]
+
+    def attends(b, h, q, k):
+        return (document[b, q] == document[b, k]) & (q >= k)
+    return create_mask(attends, len(x), None, x.size(1), x.size(1), device=x.device)
 
 
 def mask_tokens(x, y, vocab_size, generator=None):

@@ -13,13 +13,17 @@ comes first, as before any document.
 The tokenizer is one with these two tokens: 'gpt2+chatml', or any other one's name and +chatml. Its first ids are those of
 gpt2, so that GPT-2's weights fit. tokenizer.chat_template in an exported folder is the same in transformers.
 """
-import itertools
+import bisect
+import collections
+import functools
+import json
 import os
 
 import numpy as np
 
 from data.errors import UserError
 from data.files import READERS, Bad, find_files, read, read_json
+from data.prepare import prepare
 from data.tokenizer import CHATML, get_tokenizer
 
 ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant', 'human': 'user', 'gpt': 'assistant'}  # sharegpt's
@@ -37,19 +41,21 @@ def conversations(paths):
 
     Raises UserError with file and line for anything else.
     """
-    for path in find_files(paths, 'input') if isinstance(paths, str) else paths:
-        for line, messages in read_conversations(str(path)):
+    for path in json_files(paths):
+        for line, messages in read(path, to_messages, ''):
             if isinstance(messages, Bad):
                 raise UserError(f'{path}:{line}: {messages}')
             yield messages
 
 
-def read_conversations(path):
-    """(line, messages or Bad) for each line of a json or jsonl file."""
-    end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
-    if READERS.get(end) is not read_json:
-        return iter([(1, Bad('conversations are read from json and jsonl'))])
-    return read(path, to_messages, '')
+def json_files(paths):
+    """The json and jsonl files that glob patterns name, with commas between or in a list. Raises UserError for others."""
+    files = find_files(paths if isinstance(paths, str) else ','.join(map(str, paths)), 'input')
+    for path in files:
+        end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
+        if READERS.get(end) is not read_json:
+            raise UserError(f'{path}: conversations are read from .json and .jsonl, also as .gz or .zst')
+    return files
 
 
 def to_messages(row):
@@ -91,13 +97,72 @@ def encode(messages, tokenizer, answer=False):
     if tokenizer.im_start is None:
         raise UserError(f'the tokenizer {tokenizer.name} has no chat template: data/chat/prepare.py prepares '
                         'conversations, and training on them teaches one')
-    start, end, newline = [tokenizer.im_start], [tokenizer.im_end], tokenizer.encode('\n')
-    pieces = [([tokenizer.eot], False)]
+    eot, start, end = np.array([[tokenizer.eot], [tokenizer.im_start], [tokenizer.im_end]], tokenizer.dtype)
+    pieces, newline = [(eot, False)], tokenizer.encode('\n')
     for message in messages:
         answers = message['role'] == 'assistant'
         pieces += [(start, False), (tokenizer.encode(message['role'] + '\n'), False),
                    (tokenizer.encode(message['content'].strip()), answers), (end, answers), (newline, False)]
     if answer:
         pieces += [(start, False), (tokenizer.encode('assistant\n'), False)]
-    ids = np.fromiter(itertools.chain(*(piece for piece, _ in pieces)), tokenizer.dtype)
-    return ids, np.repeat([scored for _, scored in pieces], [len(piece) for piece, _ in pieces])
+    return (np.concatenate([ids for ids, _ in pieces]),
+            np.repeat([scored for _, scored in pieces], [len(ids) for ids, _ in pieces]))
+
+# -----------------------------------------------------------------------------
+# as a dataset
+
+def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options):
+    """
+    Make the dataset folder `out_dir` from two corpora (see data/prepare.py) of conversations, each a JSON text of its
+    messages, packed into blocks of block_size tokens. tokenizer: as in chat_tokenizer; options: those of prepare.
+    """
+    if block_size < 2:
+        raise UserError(f'block_size={block_size} must be at least 2')
+    spec = tokenizer + CHATML * (chat_tokenizer(tokenizer).name != get_tokenizer(tokenizer).name)
+    settings = {'block_size': block_size, **options.pop('settings', {})}
+    meta = prepare(out_dir, train, val, spec, settings=settings, encode=functools.partial(pack, block_size=block_size), **options)
+    counts, total = meta['documents'], sum(meta['tokens'].values())
+    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the tokens are '
+          f'scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a block are cut, '
+          f'{counts["no_answer"]:,} without an answer are dropped')
+    return meta
+
+
+def pack(texts, tokenizer, block_size):
+    """
+    What a worker makes of conversations, JSON texts of their messages (None: unreadable): (tokens, None, counts), where
+    tokens are whole blocks, (n * block_size,) of fields id and scored. No conversation lies in two blocks, and the rest
+    of a block is end-of-text ids. A conversation that is longer than a block loses its end.
+    """
+    tokenizer, found = get_tokenizer(tokenizer), []
+    counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'no_answer': 0, 'cut': 0})
+    for text in texts:
+        if text:
+            ids, scored = encode(json.loads(text), tokenizer)
+            if scored[:block_size].any():
+                found.append((ids[:block_size], scored[:block_size]))
+                counts['cut'] += bool(scored[block_size:].any())
+            else:
+                counts['no_answer'] += 1
+    blocks = best_fit([len(ids) for ids, _ in found], block_size)
+    tokens = np.zeros((len(blocks), block_size), [('id', tokenizer.dtype), ('scored', np.uint8)])
+    tokens['id'] = tokenizer.eot
+    for row, block in zip(tokens, blocks):
+        ids, scored = (np.concatenate(column) for column in zip(*(found[i] for i in block)))
+        row['id'][:len(ids)], row['scored'][:len(ids)] = ids, scored
+    counts['scored'], counts['padding'] = int(tokens['scored'].sum()), tokens.size - sum(len(ids) for ids, _ in found)
+    return tokens.ravel(), None, counts
+
+
+def best_fit(lengths, size):
+    """Lists of indices of lengths that sum to at most `size`: the longest first, each where it leaves the least room."""
+    groups, rooms = [], []  # rooms: (room left, group), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(rooms, (lengths[i],))
+        if at == len(rooms):
+            rooms.append((size, len(groups)))
+            groups.append([])
+        room, group = rooms.pop(at)
+        groups[group].append(i)
+        bisect.insort(rooms, (room - lengths[i], group))
+    return sorted(sorted(group) for group in groups)  # in the order of the conversations, whatever their lengths

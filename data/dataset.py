@@ -4,7 +4,9 @@ The dataset format, read: a split of a dataset is one stream of token ids, store
 A dataset is a folder of `train_000000.npy` ..., `val_000000.npy` ... (1-D uint16 or uint32; the end-of-text id precedes
 each document, and a document may continue in the next shard) with a `meta.json` that names the tokenizer and lists
 every shard with its tokens and sha256. A tokenizer from a file has a copy there, tokenizer.json, and its sha256 in
-meta.json. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
+meta.json. Of conversations, a mask lies beside each shard (train_000000.mask.npy, uint8, its sha256 in meta.json): 1 for an id
+that is scored as a target, 0 for one that is only read; and meta.json's block_size is the length of a block, in which whole
+conversations are packed. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
 
     *_train_*.npy                 build-nanogpt
     *_train_*.bin, *_train.bin    llm.c, modded-nanogpt: 256 int32 (20240520, 1, tokens, 0, ...), then uint16
@@ -47,6 +49,7 @@ class Meta(NamedTuple):
     vocab_size: int
     eot: int
     shards: list        # a Shard for each file that meta.json lists; None without meta.json
+    block_size: int = 0  # of blocks of whole conversations, one after the other; 0: documents lie anywhere
 
 
 @dataclass(eq=False)
@@ -56,13 +59,14 @@ class Shard:
     tokens: int
     dtype: np.dtype
     fingerprint: str    # the sha256 in meta.json; without meta.json, size and modification time
+    mask: 'Shard' = None  # which of the ids are scored, uint8; None: all
     offset: int = None  # of the first token, in bytes; known once the file was opened
 
     def open(self):
         """The file, unbuffered. The first time, raises UserError unless it is the shard described here."""
         if self.offset is not None:
             return open(self.path, 'rb', buffering=0)
-        file, tokens, dtype, self.offset = open_shard(self.path)
+        file, tokens, dtype, self.offset = open_shard(self.path, *[self.dtype] * (self.dtype == np.uint8))
         if (tokens, dtype) != (self.tokens, self.dtype):
             file.close()
             raise damaged(self.path, f'it holds {tokens:,} ids of {dtype}, '
@@ -72,7 +76,8 @@ class Shard:
 
 class Split:
     """
-    One split of a dataset. Attributes: folder, tokenizer (for get_tokenizer), vocab_size, eot, dtype, shards, n_tokens.
+    One split of a dataset. Attributes: folder, tokenizer (for get_tokenizer), vocab_size, eot, dtype, shards, n_tokens,
+    block_size (of packed conversations, else 0), masked (not all ids are scored).
 
     dataset: the name of a folder under data/, or a path
     check: open every shard and check a sample of its ids. Without it, a shard that meta.json lists is first opened
@@ -87,11 +92,11 @@ class Split:
     def __init__(self, dataset, split, check=True):
         self.folder = find_folder(dataset)
         meta = read_meta(self.folder)
-        self.tokenizer, self.vocab_size, self.eot = meta.tokenizer, meta.vocab_size, meta.eot
+        self.tokenizer, self.vocab_size, self.eot, _, self.block_size = meta
         self.shards = list_shards(self.folder, meta, split)
         if not self.shards:
             raise UserError(f'the dataset {self.folder} has no {split} split')
-        self.dtype = self.shards[0].dtype
+        self.dtype, self.masked = self.shards[0].dtype, self.shards[0].mask is not None
         for shard in self.shards:
             if shard.dtype != self.dtype:
                 raise UserError(f'{shard.path} holds {shard.dtype}, the shards before it {self.dtype}')
@@ -101,18 +106,12 @@ class Split:
         for begin, end in zip(self.starts, self.starts[1:]) if check else ():
             places = np.array([begin, (begin + end - count) // 2, end - count])
             self.read(places.clip(0, self.n_tokens - count), count)
+            self.scored(places.clip(0, self.n_tokens - count), count)
 
     def read(self, starts, count):
         """(len(starts), count) ids of self.dtype: `count` ids from each of these positions; past the last token of the
         split follows its first."""
-        ids = np.empty((len(starts), count), self.dtype)
-        shards = np.searchsorted(self.starts, starts, side='right') - 1
-        for row, start, k in zip(ids, starts.tolist(), shards.tolist()):
-            position = start - int(self.starts[k])
-            while len(row):
-                piece = row[:self.shards[k].tokens - position]
-                read_ids(self.shards[k], position, piece)
-                row, k, position = row[len(piece):], (k + 1) % len(self.shards), 0
+        ids = self.gather(self.shards, starts, count)
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             position = (starts[row] + column) % self.n_tokens
@@ -120,13 +119,32 @@ class Split:
             raise bad_id(shard, ids[row, column], self)
         return ids
 
+    def scored(self, starts, count):
+        """(len(starts), count) bool: which of the ids that read() gives are scored as targets."""
+        if not self.masked:
+            return np.ones((len(starts), count), bool)
+        return self.gather([shard.mask for shard in self.shards], starts, count) > 0
+
+    def gather(self, shards, starts, count):
+        """(len(starts), count) of what these shards, or their masks, hold from each of these positions."""
+        out = np.empty((len(starts), count), shards[0].dtype)
+        first = np.searchsorted(self.starts, starts, side='right') - 1
+        for row, start, k in zip(out, starts.tolist(), first.tolist()):
+            position = start - int(self.starts[k])
+            while len(row):
+                piece = row[:shards[k].tokens - position]
+                read_ids(shards[k], position, piece)
+                row, k, position = row[len(piece):], (k + 1) % len(shards), 0
+        return out
+
     def fingerprint(self):
         """{file name: sha256, or size and modification time}: what tells this split from another one."""
-        return {shard.path.name: shard.fingerprint for shard in self.shards}
+        masks = [shard.mask for shard in self.shards if shard.mask]
+        return {shard.path.name: shard.fingerprint for shard in self.shards + masks}
 
 
 def read_ids(shard, position, out):
-    """Fill `out`, (n,) ids, from the token `position` of a shard on."""
+    """Fill `out`, (n,) of the shard's dtype, from the token `position` of a shard on."""
     view = memoryview(out).cast('B')
     try:
         with LOCK:
@@ -177,9 +195,11 @@ def read_meta(folder):
         if meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype is {meta["dtype"]}, not uint16 or uint32')
         check_entries(meta['shards'])
-        shards = [Shard(folder / shard['file'], shard['tokens'], np.dtype(meta['dtype']), shard['sha256'])
-                  for shard in meta['shards']]
-        return Meta(tokenizer, meta['vocab_size'], meta['eot'], shards)
+        shards = [listed_shard(folder, entry, meta['dtype']) for entry in meta['shards']]
+        block_size = meta.get('block_size', 0)
+        if type(block_size) is not int or block_size < 0 or len({shard.mask is None for shard in shards}) > 1:
+            raise ValueError('block_size must be an integer, and all shards have masks or none')
+        return Meta(tokenizer, meta['vocab_size'], meta['eot'], shards, block_size)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -211,6 +231,16 @@ def check_entries(entries, *more_names):
             raise ValueError(f'{name!r} is not the name of a shard, such as train_000000.npy')
         if type(entry['tokens']) is not int or entry['tokens'] < 1 or not isinstance(entry['sha256'], str):
             raise ValueError(f'{name} needs a number of tokens and a sha256')
+        if not isinstance(entry.get('mask_sha256', ''), str):
+            raise ValueError(f'the mask_sha256 of {name} is not a string')
+
+
+def listed_shard(folder, entry, dtype):
+    """The Shard of an entry of meta.json's."""
+    path, mask = Path(folder, entry['file']), None
+    if 'mask_sha256' in entry:
+        mask = Shard(path.with_suffix('.mask.npy'), entry['tokens'], np.dtype(np.uint8), entry['mask_sha256'])
+    return Shard(path, entry['tokens'], np.dtype(dtype), entry['sha256'], mask)
 
 
 def list_shards(folder, meta, split):
@@ -231,12 +261,13 @@ def foreign_shard(path):
     return Shard(path, tokens, dtype, f'{stat.st_size} bytes, {stat.st_mtime_ns}')
 
 
-def open_shard(path):
-    """(unbuffered file, tokens, dtype, offset of the first token in bytes) of a shard in any of the formats."""
+def open_shard(path, *dtypes):
+    """(unbuffered file, tokens, dtype, offset of the first token in bytes) of a shard in any of the formats; dtypes: of a
+    .npy file's, if they are others than those of ids."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'rb', buffering=0))
-            tokens, dtype, offset = (npy_header if path.suffix == '.npy' else bin_header)(file)
+            tokens, dtype, offset = npy_header(file, *dtypes) if path.suffix == '.npy' else bin_header(file)
             size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             raise UserError(f'{path} is missing: copy it again, or {START_OVER}') from None
@@ -252,13 +283,13 @@ def open_shard(path):
         return file, tokens, dtype, offset
 
 
-def npy_header(file):
+def npy_header(file, *dtypes):
     """(tokens, dtype, offset) of a .npy file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    if len(shape) != 1 or dtype not in (np.uint16, np.uint32):
-        raise ValueError(f'it holds {len(shape)}-D {dtype}, not 1-D uint16 or uint32')
+    if len(shape) != 1 or dtype not in (dtypes or (np.uint16, np.uint32)):
+        raise ValueError(f'it holds {len(shape)}-D {dtype}, not 1-D {dtypes[0] if dtypes else "uint16 or uint32"}')
     return shape[0], dtype, file.tell()
 
 
@@ -290,6 +321,7 @@ def verify(dataset):
     folder = find_folder(dataset)
     meta = read_meta(folder)
     shards = [shard for split in FOREIGN for shard in list_shards(folder, meta, split)]
+    shards += [shard.mask for shard in shards if shard.mask]
     failed = 0
     for shard in shards:
         try:
@@ -301,6 +333,8 @@ def verify(dataset):
                     largest = max(largest, np.frombuffer(chunk, shard.dtype).max())
             if meta.shards and digest.hexdigest() != shard.fingerprint:
                 raise damaged(shard.path, 'its sha256 is not the one in meta.json')
+            if shard.dtype == np.uint8 and largest > 1:
+                raise damaged(shard.path, f'it holds {largest}, not 0 and 1 alone')
             if largest >= meta.vocab_size:
                 raise bad_id(shard, largest, meta)
             print(f'{shard.path}: {shard.tokens:,} tokens, undamaged')

@@ -37,7 +37,8 @@ class Loader:
     and B = batch_size, and process `rank` takes the rank-th B of them: a run reads the same blocks whatever its
     number of processes. Rank 0 checks all shards, the others check a shard when they first read it.
 
-    move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle)
+    move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle, and not those of
+    conversations, which are packed to block_size)
 
     Attributes: tokenizer (for get_tokenizer), vocab_size, eot. Raises UserError if a dataset is missing, damaged or too small,
     or if the mixture is invalid.
@@ -56,17 +57,21 @@ class Loader:
             if first != other:
                 raise UserError(f'{self.splits[0].folder} has the tokenizer {first} and {data.folder} has {other}: '
                                 'a mixture needs one tokenizer')
-            if data.n_tokens <= block_size:
+            if data.block_size not in (0, block_size):
+                raise UserError(f'{data.folder} is packed for block_size={data.block_size}, not {block_size}: train with that, '
+                                'or prepare it with another --block_size')
+            if data.n_tokens <= block_size - (data.block_size > 0):
                 raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one '
                                 f'block of block_size={block_size} and the token that follows it')
         self.batch_size, self.block_size, self.rank, self.world_size = batch_size, block_size, rank, world_size
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
         if self.device.type == 'cuda' and self.device.index is None:    # in a new thread, cuda means cuda:0
             self.device = torch.device('cuda', torch.cuda.current_device())
-        self.n_blocks = [(data.n_tokens - 1) // block_size for data in self.splits]
+        # after the last packed block follows the first: no block needs the beginning of the next one's conversation
+        self.n_blocks = [(data.n_tokens - (not data.block_size)) // block_size for data in self.splits]
         # a dataset alone has stream 0; in a mixture the name decides, or datasets of one size share one permutation
         self.orders = [{'version': 2, 'stream': zlib.crc32(name.encode()) if len(mixture) > 1 else 0,
-                        'move_blocks': move_blocks} for name in self.names]
+                        'move_blocks': move_blocks and not data.block_size} for name, data in zip(self.names, self.splits)]
         self.drawn = [0] * len(mixture)     # blocks drawn from each dataset by all processes: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
 
@@ -79,7 +84,7 @@ class Loader:
                 for name, weight, data in zip(self.names, self.weights, self.splits)]
 
     def next_batch(self):
-        """x, y: (B, T) int64 on the device; y is what follows each token of x."""
+        """x, y: (B, T) int64 on the device; y is what follows each token of x, -1 where it is not scored."""
         if not self.ready:
             self.coming = self.coming or self.thread.submit(self.fetch, self.drawn)
             self.ready.extend(self.coming.result())
@@ -92,14 +97,14 @@ class Loader:
         W, B, T = self.world_size, self.batch_size, self.block_size
         choice = self.choose(sum(drawn), AHEAD * W * B)
         mine = choice.reshape(AHEAD, W, B)[:, self.rank]        # (AHEAD, B): the dataset of each of our blocks
-        ids = np.empty((AHEAD, B, T + 1), np.result_type(*(data.dtype for data in self.splits)))
+        pairs = np.empty((AHEAD, B, 2, T), np.int64)  # x and y of each block
         after = np.empty((AHEAD, len(drawn)), np.int64)
         for k in range(len(drawn)):
             count = drawn[k] + np.cumsum(choice == k)
             places = count.reshape(AHEAD, W, B)[:, self.rank] - 1
-            ids[mine == k] = self.blocks(k, places[mine == k])
+            pairs[mine == k] = self.blocks(k, self.block_starts(k, places[mine == k]))
             after[:, k] = count[W * B - 1::W * B]
-        return [(*self.to_device(ids[m]), after[m].tolist()) for m in range(AHEAD)]
+        return [(*self.to_device(pairs[m]), after[m].tolist()) for m in range(AHEAD)]
 
     def choose(self, first, count):
         """(count,) int64: the dataset that each of these blocks of the whole order comes from."""
@@ -109,9 +114,13 @@ class Loader:
         chance = hash64(number, stream_keys(self.seed, 'mixture')[0]) / 2**64       # in [0, 1)
         return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
 
-    def blocks(self, k, places):
-        """(n, T + 1) ids: the blocks of dataset k at these places of its endless order."""
-        return self.splits[k].read(self.block_starts(k, places), self.block_size + 1)
+    def blocks(self, k, starts):
+        """(n, 2, T) int64: x and y of the blocks of dataset k that start at these tokens."""
+        ids = self.splits[k].read(starts, self.block_size + 1).astype(np.int64)
+        targets = ids
+        if self.splits[k].masked:
+            targets = np.where(self.splits[k].scored(starts, self.block_size + 1), ids, -1)
+        return np.stack((ids[:, :-1], targets[:, 1:]), axis=1)
 
     def block_starts(self, k, places):
         """(n,) int64: the tokens of dataset k at which the blocks at these places of its endless order start."""
@@ -130,11 +139,11 @@ class Loader:
         offset = int(hash64(keys[:1], keys[1])[0] % self.block_size) if epoch and order['move_blocks'] else 0
         return (index * self.block_size + offset) % self.splits[k].n_tokens
 
-    def to_device(self, ids):
-        """(n, T + 1) ids -> x, y: (B, T) int64 on the device; rows from n on are padding (y = -1)."""
-        batch = np.empty((2, self.batch_size, self.block_size), np.int64)
-        batch[0, :len(ids)], batch[1, :len(ids)] = ids[:, :-1], ids[:, 1:]
-        batch[0, len(ids):], batch[1, len(ids):] = 0, -1
+    def to_device(self, pairs):
+        """(n, 2, T) int64 -> x, y: (B, T) int64 on the device; rows from n on are padding (y = -1)."""
+        batch, n = np.empty((2, self.batch_size, self.block_size), np.int64), len(pairs)
+        batch[:, :n] = pairs.swapaxes(0, 1)
+        batch[0, n:], batch[1, n:] = 0, -1
         batch = torch.from_numpy(batch)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)      # this thread's; pinning makes a context on it
@@ -154,7 +163,7 @@ class Loader:
         total = min(n_blocks, self.n_blocks[0])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
-            yield self.to_device(self.splits[0].read(mine[mine < total] * T, T + 1))
+            yield self.to_device(self.blocks(0, mine[mine < total] * T))
 
     def stats(self):
         """{name: {'share': of all blocks drawn so far, 'epochs': of this dataset}}"""

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
-from data.dataset import START_OVER, Shard, check_entries, no_meta
+from data.dataset import START_OVER, check_entries, listed_shard, no_meta
 from data.download import TEMPORARY, write
 from data.errors import UserError
 from data.tokenizer import get_tokenizer, keep_files, to_record
@@ -35,7 +35,7 @@ FIRST = TEMPORARY + 'first.npy'  # the first shard, until the number of tokens t
 
 
 def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, shard_size=100_000_000,
-            max_tokens=0, num_proc=0, clean=False, dedup='', total=None):
+            max_tokens=0, num_proc=0, clean=False, dedup='', total=None, encode=None):
     """
     Make the dataset folder `out_dir` from the corpus `train`, and from the corpus `val` for validation. Without `val`,
     validation is the beginning of `train`: a tenth of its tokens, and at most a shard.
@@ -44,8 +44,9 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     max_tokens: stop after this many tokens (0: no limit); num_proc: workers (0: one per core)
     clean, dedup ('', 'exact', 'minhash'): see data/clean.py
     total: the number of documents, if it is known, for the progress bar
+    encode: what a worker does instead of tokenize, without clean and dedup; ids with a mask are (n,) of fields id and scored
 
-    Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
+    Returns what meta.json holds. Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
     if shard_size < 1 or max_tokens < 0 or num_proc < 0:
         raise UserError('shard_size must be at least 1, max_tokens and num_proc at least 0')
@@ -67,7 +68,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
                 spec = keep_files(tokenizer, out_dir, write)
-                write_shards(out_dir, corpora, state, spec, num_proc, total, check_interrupt)
+                work = functools.partial(encode or functools.partial(tokenize, clean=clean, dedup=dedup), tokenizer=spec)
+                write_shards(out_dir, corpora, state, spec, work, num_proc, total, check_interrupt)
                 state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
@@ -77,17 +79,17 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     except (OSError, sqlite3.OperationalError) as error:  # a full disk, a lost network, a worker out of memory
         raise UserError(f'{out_dir}: {error}; the same command continues after the last complete shard') from None
     report(out_dir, state, 'its own text' if val else 'of the same text')
+    return state
 
 
-def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_interrupt):
+def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, check_interrupt):
     """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date. tokenizer: for
-    get_tokenizer."""
+    get_tokenizer; work: what a worker does with some texts."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism, num_proc of them
     settings, shards, order = state['settings'], state['shards'], [*corpora, 'end']
     shard_size, max_tokens = settings['shard_size'], settings['max_tokens']
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
-    work = functools.partial(tokenize, tokenizer=tokenizer, clean=settings['clean'], dedup=settings['dedup'])
     written = sum(entry['tokens'] for entry in shards)
     shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
@@ -131,12 +133,13 @@ def write_shards(out_dir, corpora, state, tokenizer, num_proc, total, check_inte
             if shard.tokens:
                 close_shard()
             if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
-                raise UserError(f'{out_dir}: too little text in {describe(resume["counts"])}')
+                raise UserError(f'{out_dir}: too little text{" for validation" * (split == "val")} in '
+                                + describe(resume['counts']))
             if not split:
                 cut_first(out_dir, shard, shards)
             resume = {**resume, 'split': order[order.index(split) + 1], 'corpus': None, 'skip': 0}
             save_progress()
-    shard.file.close()
+    shard.close_files()
     state['resume'] = resume
 
 
@@ -206,39 +209,55 @@ class ShardWriter:
     """
 
     def __init__(self, folder, tokenizer):
-        self.folder, self.eot, self.dtype = folder, tokenizer.eot, np.dtype(tokenizer.dtype)
+        self.folder, self.eot = folder, tokenizer.eot
         self.begin()
 
     def begin(self):
-        path = self.folder / f'{TEMPORARY}shard'
-        path.unlink(missing_ok=True)
-        self.file, self.tokens, self.documents = open(path, 'x+b'), 0, 0
-        self.write_header()
+        self.files, self.tokens, self.documents = {}, 0, 0
 
-    def write_header(self):  # of the same length for any number: numpy leaves room for it to grow
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            self.file, {'descr': self.dtype.str, 'fortran_order': False, 'shape': (self.tokens,)})
+    def open(self, suffix, dtype):
+        """The file of the ids (suffix ''), or of their mask."""
+        path = self.folder / f'{TEMPORARY}shard{suffix}'
+        path.unlink(missing_ok=True)
+        self.files[suffix] = open(path, 'x+b'), dtype
+        self.write_header(*self.files[suffix])
+
+    def write_header(self, file, dtype):  # of the same length for any number: numpy leaves room for it to grow
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {'descr': dtype.str, 'fortran_order': False, 'shape': (self.tokens,)})
 
     def write(self, tokens):
-        self.file.write(tokens)
+        """tokens: (n,) ids, or (n,) with the fields id and scored."""
+        columns = {'': tokens}
+        if tokens.dtype.names:
+            columns = {'': np.ascontiguousarray(tokens['id']), '.mask': np.ascontiguousarray(tokens['scored'])}
+        for suffix, column in columns.items():
+            if suffix not in self.files:
+                self.open(suffix, column.dtype)
+            self.files[suffix][0].write(column)
         self.tokens += len(tokens)
-        self.documents += int(np.count_nonzero(tokens == self.eot))
+        self.documents += int(np.count_nonzero(columns[''] == self.eot))
 
     def close(self, name):
-        """Give the shard its name and begin the next one; returns its entry for meta.json."""
-        self.write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.seek(0)
-        sha256 = hashlib.sha256()
-        while piece := self.file.read(1 << 20):
-            sha256.update(piece)
-        self.file.close()
-        os.replace(self.file.name, self.folder / name)
-        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents, 'sha256': sha256.hexdigest()}
+        """Give the shard, and its mask, their names and begin the next one; returns its entry for meta.json."""
+        entry = {'file': name, 'tokens': self.tokens, 'documents': self.documents}
+        for suffix, (file, dtype) in reversed(self.files.items()):  # the ids come last: a named shard is complete
+            self.write_header(file, dtype)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            sha256 = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                sha256.update(piece)
+            file.close()
+            os.replace(file.name, (self.folder / name).with_suffix(f'{suffix}.npy'))
+            entry['mask_sha256' if suffix else 'sha256'] = sha256.hexdigest()
         self.begin()
         return entry
+
+    def close_files(self):
+        for file, _ in self.files.values():
+            file.close()
 
 
 @contextlib.contextmanager
@@ -287,7 +306,9 @@ def load_state(out_dir, source, settings, corpora, dtype):
     if different:
         raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
     for entry in state['shards']:
-        Shard(out_dir / entry['file'], entry['tokens'], np.dtype(dtype), entry['sha256']).open().close()
+        shard = listed_shard(out_dir, entry, dtype)
+        for file in (shard, shard.mask) if shard.mask else (shard,):
+            file.open().close()
     return state
 
 
@@ -331,7 +352,7 @@ def write_meta(out_dir, state, tokenizer):
             'dtype': np.dtype(tokenizer.dtype).name,
             'tokens': {split: count_tokens(shards, split) for split in ('train', 'val')},
             'documents': state['resume']['counts'], 'source': state['source'], 'settings': state['settings'],
-            'shards': shards}
+            'shards': shards} | {name: state['settings'][name] for name in ['block_size'] if name in state['settings']}
     write(out_dir / 'meta.json', json.dumps(meta, indent=1).encode())
     return meta
 
@@ -345,16 +366,21 @@ def report(out_dir, meta, val_from):
         print(table(counts))
 
 
+def dropped_by(counts):
+    """{rule: documents}; data/conversation.py counts more than documents."""
+    return {rule: n for rule, n in counts.items() if rule not in ('in', 'cut', 'scored', 'padding')}
+
+
 def table(counts):
     """Documents in, dropped by each rule, out: as lines."""
-    dropped = {rule: n for rule, n in counts.items() if rule != 'in'}
+    dropped = dropped_by(counts)
     rows = [('documents in', counts['in']), *dropped.items(), ('documents out', counts['in'] - sum(dropped.values()))]
     return '\n'.join(f'{n:>14,}  {name}' for name, n in rows)
 
 
 def describe(counts):
     """'8 documents (7 too_short, 1 duplicate)': how many came in, and what was dropped."""
-    dropped = ', '.join(f'{n:,} {rule}' for rule, n in counts.items() if n and rule != 'in')
+    dropped = ', '.join(f'{n:,} {rule}' for rule, n in dropped_by(counts).items() if n)
     return f'{counts["in"]:,} documents' + f' (dropped: {dropped})' * bool(dropped)
 
 

@@ -49,7 +49,7 @@ def test_what_is_no_conversation_is_named_by_file_and_line(tmp_path, line, words
 
 def test_files_of_other_kinds(tmp_path):
     (tmp_path / 'a.txt').write_text('Hi')
-    with pytest.raises(UserError, match='a.txt:1: conversations are read from json and jsonl'):
+    with pytest.raises(UserError, match='a.txt: conversations are read from .json and .jsonl'):
         [*conversations(str(tmp_path / 'a.txt'))]
     with pytest.raises(UserError, match='input: no file is named'):
         [*conversations(str(tmp_path / 'b.jsonl'))]

@@ -1,0 +1,355 @@
+"""From conversations to a model that answers: packing, masks, documents apart, finetuning, resume, processes, export."""
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, losses, needs_gpt2, read_log, run
+from torch.nn.attention.flex_attention import create_block_mask
+
+import data.prepare
+from common import distributed, objectives
+from common.checkpoint import pretrained
+from data.conversation import best_fit, chat_tokenizer, encode, prepare_conversations
+from data.dataset import Split, verify
+from data.errors import UserError
+from data.loader import Loader
+from data.prepare import corpus_of
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+
+T = 64
+BYTES = chat_tokenizer('bytes')
+
+
+def talks(n, seed=0):
+    """Messages of n conversations that ask for a word backwards, of one to three turns."""
+    chance = random.Random(seed)
+
+    def turn():
+        word = ''.join(chance.choices('abcdefg', k=chance.randint(1, 9)))
+        return [{'role': 'user', 'content': word}, {'role': 'assistant', 'content': word[::-1]}]
+    return [[message for _ in range(chance.choice([1, 1, 2])) for message in turn()] for _ in range(n)]
+
+
+def prepared(folder, n=120, block_size=128, **options):
+    texts = [json.dumps(messages) for messages in talks(n)]
+    prepare_conversations(folder, corpus_of(texts[n // 5:]), corpus_of(texts[:n // 5]), 'bytes', block_size, num_proc=1, **options)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def chat(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp('chat'))
+
+
+def stream(folder, split, suffix=''):
+    return np.concatenate([np.load(path) for path in sorted(folder.glob(f'{split}_??????{suffix}.npy'))])
+
+# -----------------------------------------------------------------------------
+# packing
+
+def test_each_conversation_is_whole_in_one_block(chat):
+    """Read back by another way: split at the end-of-text ids, compared with what encode makes of each."""
+    expected = sorted((ids.tolist(), scored.tolist()) for ids, scored in (encode(talk, BYTES) for talk in talks(120)[24:]))
+    blocks = stream(chat, 'train').reshape(-1, 128)
+    found, masks = [], stream(chat, 'train', '.mask').reshape(-1, 128)
+    for ids, mask in zip(blocks, masks):
+        starts = [*np.flatnonzero(ids == BYTES.eot), 128]
+        pieces = [(ids[a:b].tolist(), (mask[a:b] > 0).tolist()) for a, b in zip(starts, starts[1:])]
+        assert starts[0] == 0 and all(not any(scored) for ids, scored in pieces if len(ids) == 1)
+        found += [piece for piece in pieces if len(piece[0]) > 1]  # the rest is padding
+    assert sorted(found) == expected
+
+
+def test_best_fit():
+    chance = random.Random(3)
+    for _ in range(50):
+        lengths = [chance.randint(1, 30) for _ in range(chance.randint(0, 40))]
+        groups = best_fit(lengths, 30)
+        assert sorted(i for group in groups for i in group) == [*range(len(lengths))]
+        sums = [sum(lengths[i] for i in group) for group in groups]
+        assert all(total <= 30 for total in sums) and sum(total <= 15 for total in sums) <= 1  # two halves would share one
+    assert best_fit([10, 20, 15, 15], 30) == [[0, 1], [2, 3]]
+
+
+def test_long_conversations_and_those_without_answers_are_counted(tmp_path, capsys):
+    long = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y' * 100}]
+    silent = [{'role': 'user', 'content': 'x'}]
+    late = [{'role': 'user', 'content': 'x' * 100}, {'role': 'assistant', 'content': 'y'}]
+    texts = [json.dumps(talk) for talk in (long, silent, late, long)]
+    prepare_conversations(tmp_path, corpus_of(texts), corpus_of(texts[:1]), 'bytes', 50, num_proc=1)
+    assert '3 conversations longer than a block are cut, 2 without an answer are dropped' in capsys.readouterr().out
+    ids, mask = stream(tmp_path, 'train'), stream(tmp_path, 'train', '.mask')
+    assert len(ids) == len(mask) == 100 and (ids[:50] == encode(long, BYTES)[0][:50]).all()
+    assert (mask[:50] == encode(long, BYTES)[1][:50]).all()
+
+
+def test_a_stopped_preparation_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.prepare, 'BATCH_CHARS', 40_000)
+    texts = [json.dumps(talk) for talk in talks(60)] * 80  # several batches
+
+    def broken():
+        yield from texts[:4000]
+        raise OSError('lost')
+
+    def make(folder, train):
+        prepare_conversations(tmp_path / folder, corpus_of(train), corpus_of(texts[:9]), 'bytes', 100, num_proc=1, shard_size=20_003)
+
+    make('whole', texts)
+    with pytest.raises(UserError, match='the same command continues'):
+        make('stopped', broken)
+    assert (tmp_path / 'stopped' / 'train_000000.mask.npy').exists() and not (tmp_path / 'stopped' / 'meta.json').exists()
+    make('stopped', texts)
+    whole, stopped = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ('whole', 'stopped'))
+    assert whole == stopped and len([name for name in whole if 'mask' in name]) > 5
+    with pytest.raises(UserError, match='block_size=100, not 50'):
+        prepare_conversations(tmp_path / 'whole', corpus_of(texts), corpus_of(texts[:9]), 'bytes', 50, shard_size=20_003)
+
+
+def test_a_damaged_mask_is_found(tmp_path, capsys):
+    path = prepared(tmp_path) / 'train_000000.mask.npy'
+    verify(str(tmp_path))
+    assert 'train_000000.mask.npy' in capsys.readouterr().out
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([1 - good[-1]]))
+    with pytest.raises(UserError, match='1 of 4 shards are damaged'):
+        verify(str(tmp_path))
+    path.write_bytes(good[:-2])
+    with pytest.raises(UserError, match='train_000000.mask.npy is damaged'):
+        Split(str(tmp_path), 'train')
+    path.unlink()
+    with pytest.raises(UserError, match='train_000000.mask.npy is missing'):
+        Split(str(tmp_path), 'train')
+
+
+def test_the_command(tmp_path):
+    rows = [json.dumps({'messages': talk}) for talk in talks(200)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(rows + rows[:50]))
+    out = run('data/chat/prepare.py', f'--input={tmp_path}/a.jsonl', '--tokenizer=bytes', '--block_size=128', '--held_out=5',
+              f'--out_dir={tmp_path}/out').out
+    assert '250 conversations in blocks of 128 tokens' in out
+    first = [set() for _ in range(2)]  # the question of each conversation
+    for split, found in zip(('train', 'val'), first):
+        ids = stream(tmp_path / 'out', split)
+        for part in np.split(ids, np.flatnonzero(ids == BYTES.eot)):
+            if len(part) > 1:
+                found.add(tuple(part[:part.tolist().index(BYTES.im_end)]))
+    assert not first[0] & first[1] and len(first[1]) > 10
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert meta['tokenizer'] == 'bytes+chatml' and meta['block_size'] == 128 and meta['documents']['in'] == 250
+    (tmp_path / 'b.jsonl').write_text(rows[0] + '\n{"text": 1}\n')
+    err = run('data/chat/prepare.py', f'--input={tmp_path}/b.jsonl', f'--out_dir={tmp_path}/out2', '--tokenizer=bytes', expect=1).err
+    assert 'b.jsonl:2: no conversation' in err and err.count('\n') == 1
+
+# -----------------------------------------------------------------------------
+# batches
+
+def test_targets_are_the_scored_tokens(chat):
+    ids, mask = (stream(chat, 'train', suffix).reshape(-1, 128).astype(int) for suffix in ('', '.mask'))
+    n = len(ids)
+    rows = {tuple(row): np.where(keep, row, -1) for row, keep in zip(ids, mask)}
+    loader, seen = Loader(str(chat), 'train', 2, 128), set()
+    for _ in range(-(-2 * n // 2)):  # two epochs: the second's blocks begin where the first's do
+        for x, y in zip(*(t.numpy() for t in loader.next_batch())):
+            assert (y[:-1] == rows[tuple(x)][1:]).all() and y[-1] == -1
+            seen.add(tuple(x))
+    assert len(seen) == n  # the last block too
+    x, y = next(Loader(str(chat), 'val', 2, 128).eval_batches(2))
+    assert (y[0, :-1].numpy() == np.where(stream(chat, 'val', '.mask')[1:128], stream(chat, 'val')[1:128].astype(int), -1)).all()
+    with pytest.raises(UserError, match='packed for block_size=128, not 64'):
+        Loader(str(chat), 'train', 2, 64)
+
+
+def test_a_mixture_with_plain_text(chat, tmp_path):
+    from test_dataset import write_dataset
+    text = np.arange(5000) % 250
+    write_dataset(tmp_path / 'plain', 10_000, 259, tokenizer='bytes+chatml', train=text, val=text)
+    loader, plain = Loader(f'{chat}:0.5,{tmp_path}/plain:0.5', 'train', 8, 128), 0
+    for x, y in (loader.next_batch() for _ in range(5)):
+        scored = (y != -1).float().mean(dim=1)
+        plain += int((scored == 1).sum())
+        assert ((scored == 1) | (scored < 0.9)).all()
+    assert 10 < plain < 30
+
+# -----------------------------------------------------------------------------
+# documents that don't see each other
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """FlexAttention refuses a backward pass on a CPU, where its own kernels have none; its reference code does."""
+    from torch.nn.attention import flex_attention
+    monkeypatch.setattr(flex_attention, '_validate_device', lambda *args: None)
+
+
+DOCUMENTS = [[256, *range(40, 40 + n)] for n in (7, 1, 20, 3)]  # of 35 tokens, and more
+
+
+@pytest.mark.parametrize('position', ['rope', 'learned'])
+@pytest.mark.parametrize('flex', [False, True])
+def test_a_packed_batch_is_its_documents_one_by_one(position, flex, on_cpu):
+    """The loss, and its gradient, of one row of four documents, beside four forward passes without a mask."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=64, vocab_size=259, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, position=position))
+    x = torch.tensor([sum(DOCUMENTS, [])])  # (1, T)
+    y = torch.where(torch.rand(x.shape) < 0.3, -1, x.roll(-1))
+    y[:, -1] = 77
+    mask = objectives.document_mask(x, 256, create_block_mask if flex else None)
+    model(x, y, mask=mask)[1].backward()
+    total, start = 0, 0
+    for document in DOCUMENTS:
+        part = slice(start, start := start + len(document))
+        positions = torch.arange(len(document)) + part.start * (position == 'learned')
+        logits, _ = model(x[:, part], y[:, part], positions=positions)
+        total = total + F.cross_entropy(logits[0], y[0, part], ignore_index=-1, reduction='sum')
+    alone = torch.autograd.grad(total / (y != -1).sum(), [*model.parameters()])
+    for p, expected in zip(model.parameters(), alone):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+    model.zero_grad()
+    model(x, y)[1].backward()  # without the mask it is another loss
+    assert not torch.allclose(model.transformer.wte.weight.grad, alone[0], atol=1e-4)
+
+
+def test_both_masks_are_the_same():
+    x = torch.randint(0, 9, (3, 200))
+    block_mask = objectives.document_mask(x, 5, create_block_mask)
+    index = torch.arange(200)
+    b, q, k = torch.arange(3)[:, None, None], index[:, None], index
+    torch.testing.assert_close(block_mask.mask_mod(b, 0, q, k), objectives.document_mask(x, 5)[:, 0])
+
+
+SMALL = [*TINY, '--block_size=128', '--total_batch_size=1024', '--document_mask', '--eval_interval=100', '--eval_tokens=2048',
+         '--always_save_checkpoint=False']
+
+
+@pytest.fixture
+def train(inside, chat, tmp_path):
+    """train(name, *args): run train.py on the conversations, and return what it printed; tmp_path / name is its out_dir."""
+    def run(name, *args):
+        return inside('train.py', *SMALL, f'--dataset={chat}', f'--out_dir={tmp_path / name}', *args)
+    return run
+
+
+def test_the_first_loss_by_hand(train, chat, tmp_path):
+    """The mean over all scored tokens of a step's micro-batches, each document computed alone."""
+    train('out', '--position=rope', '--max_iters=1', '--eval_interval=1', '--seed=3', '--learning_rate=0', '--min_lr=0')
+    model, _ = pretrained(str(tmp_path / 'out' / 'ckpt.pt'))
+    loader, total, count = Loader(str(chat), 'train', 4, 128, seed=3), 0, 0
+    with torch.no_grad():
+        for x, y in (row for _ in range(2) for row in zip(*loader.next_batch())):
+            starts = [*torch.where(x == BYTES.eot)[0].tolist(), 128]
+            for a, b in zip(starts, starts[1:]):
+                logits = model(x[None, a:b], y[None, a:b])[0][0]
+                total += F.cross_entropy(logits, y[a:b], ignore_index=-1, reduction='sum').item()
+            count += (y != -1).sum().item()
+    assert losses(tmp_path / 'out')[1] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_it_compiles(train, tmp_path, traced):
+    eager, compiled = (train(name, '--max_iters=3', '--eval_interval=3', f'--compile={name == "compiled"}', '--position=rope')
+                       for name in ('eager', 'compiled'))
+    assert list(losses(tmp_path / 'compiled').values()) == pytest.approx(list(losses(tmp_path / 'eager').values()), rel=1e-4)
+
+
+def test_flex_attention_compiles(traced, on_cpu):
+    """As on a GPU: both what makes the mask and the model that reads it, for masks that change."""
+    model = GPT(GPTConfig(block_size=128, vocab_size=259, n_layer=2, n_head=2, n_embd=32))
+    create = torch.compile(create_block_mask)
+    forward = torch.compile(model.forward, fullgraph=True)
+    for seed in range(3):
+        x = torch.randint(0, 259, (2, 128), generator=torch.Generator().manual_seed(seed))
+        x[:, ::19 + seed] = 256
+        loss = forward(x, x, mask=objectives.document_mask(x, 256, create))[1]
+        torch.testing.assert_close(loss, model(x, x, mask=objectives.document_mask(x, 256))[1], rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters['frames']['total'] < 12  # not once more for each mask
+
+
+def test_a_resume_is_exact(train, tmp_path):
+    train('whole', '--max_iters=8', '--dropout=0.1', '--always_save_checkpoint')
+    train('part', '--max_iters=8', '--dropout=0.1', '--always_save_checkpoint', '--eval_interval=4')
+    (tmp_path / 'part' / 'ckpt.pt').unlink()
+    train('part', '--max_iters=4', '--dropout=0.1', '--always_save_checkpoint', '--lr_decay_iters=8')
+    train('part', '--max_iters=8', '--dropout=0.1', '--always_save_checkpoint', '--lr_decay_iters=8', '--init_from=resume')
+    whole, part = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'part'))
+    assert all(torch.equal(w, part['model'][name]) for name, w in whole['model'].items())
+    assert whole['tokenizer'] == part['tokenizer'] == 'bytes+chatml' and whole['data'] == part['data']
+    assert losses(tmp_path / 'whole')[8] == losses(tmp_path / 'part')[8]
+
+
+def test_two_processes_train_as_one(chat, tmp_path):
+    for n in (0, 2):
+        run('train.py', *SMALL, f'--dataset={chat}', f'--out_dir={tmp_path}/out{n}', '--max_iters=3', processes=n)
+    assert list(losses(tmp_path / 'out2').values()) == pytest.approx(list(losses(tmp_path / 'out0').values()), rel=1e-4)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--objective=mlm'], 'document_mask is for objective=next_token'),
+    (['--block_size=64'], 'packed for block_size=128, not 64')])
+def test_what_documents_do_not_fit(train, args, words):
+    with pytest.raises(UserError, match=words):
+        train('out', *args)
+
+
+def test_a_tokenizer_without_an_end_of_text_of_its_own(inside, tmp_path):
+    import pickle
+    (tmp_path / 'chars').mkdir()
+    (tmp_path / 'chars' / 'meta.pkl').write_bytes(pickle.dumps({'itos': dict(enumerate('\nabc'))}))
+    for split in ('train', 'val'):
+        (tmp_path / 'chars' / f'{split}.bin').write_bytes(np.arange(3000, dtype=np.uint16).__mod__(4).tobytes())
+    with pytest.raises(UserError, match='has no end-of-text id of its own'):
+        inside('train.py', *SMALL, f'--dataset={tmp_path}/chars', f'--out_dir={tmp_path}/out')
+
+# -----------------------------------------------------------------------------
+# from a base model
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_new_tokens_get_rows_like_the_others(tie):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=512, tie_embeddings=tie))
+    for module in {model.transformer.wte, model.lm_head}:
+        module.weight.data[:257] += 3 + torch.randn(512)
+        module.weight.data[257:] = 9
+    before = [module.weight.detach().clone() for module in (model.transformer.wte, model.lm_head)]
+    model.extend_vocab(257, 259)
+    for old, module in zip(before, (model.transformer.wte, model.lm_head)):
+        new = module.weight.detach()
+        assert new.shape == old.shape and torch.equal(new[:257], old[:257]) and torch.equal(new[259:], old[259:])
+        away = (new[257:259] - old[:257].mean(0)) / old[:257].std(0)
+        assert away.mean().abs() < 0.15 and 0.9 < away.std() < 1.1 and not torch.equal(new[257], new[258])
+    assert model.config.vocab_size == 259 and (model.lm_head.weight is model.transformer.wte.weight) == tie
+    model.extend_vocab(319, 321)  # beyond the padding
+    assert model.head(model.hidden(torch.tensor([[320]]))).shape == (1, 1, 321) and len(model.lm_head.weight) == 384
+    model.load_state_dict(model.state_dict())
+    assert GPT(model.config).state_dict()['lm_head.weight'].shape == (384, 512)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """A model of bytes that has not seen a conversation."""
+    path = tmp_path_factory.mktemp('base') / 'base.pt'
+    torch.manual_seed(2)
+    config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    torch.save({'model': GPT(config).state_dict(), 'model_args': vars(config), 'tokenizer': 'bytes'}, path)
+    return path
+
+
+def test_a_base_model_becomes_one_that_talks(train, base, tmp_path):
+    out = train('out', f'--init_from={base}', '--max_iters=60', '--learning_rate=1e-2', '--eval_interval=60', '--dropout=0.0')
+    log = [entry['val_loss'] for entry in read_log(tmp_path / 'out') if 'val_loss' in entry]
+    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    assert log[-1] < 0.6 * log[0] and saved['model_args']['vocab_size'] == 259 and saved['tokenizer'] == 'bytes+chatml', out
+    with pytest.raises(UserError, match='the weights were trained on bytes tokens'):
+        train('out2', f'--init_from={base}', '--dataset=' + str(wrong(tmp_path)))
+
+
+def wrong(folder):
+    """Conversations of another tokenizer's."""
+    from train_tokenizer import train as train_tokenizer
+    (folder / 'tok').mkdir()
+    (folder / 'tok' / 'tokenizer.json').write_bytes(train_tokenizer('bpe', 300, ['some text']))
+    texts = [json.dumps(messages) for messages in talks(40)]
+    prepare_conversations(folder / 'wrong', corpus_of(texts), corpus_of(texts), str(folder / 'tok'), 128, num_proc=1)
+    return folder / 'wrong'
