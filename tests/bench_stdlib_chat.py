@@ -37,8 +37,11 @@ for kind, conversations in sorted(found.items()):
         rows = [encode(messages[:-1], tokenizer, answer=True)[0].tolist() for messages in asked]
         T = max(map(len, rows))
         idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
-        lengths, n_new = torch.tensor([*map(len, rows)]), model.config.block_size - min(map(len, rows))
-        answers = torch.cat([*stream(model, idx, n_new, temperature=0, lengths=lengths)], dim=1).tolist()
+        answers, lengths = [[] for _ in rows], torch.tensor([*map(len, rows)])
+        for new in stream(model, idx, model.config.block_size, temperature=0, lengths=lengths):
+            answers = [ids + i for ids, i in zip(answers, new.tolist())]
+            if all(tokenizer.im_end in ids for ids in answers):
+                break
         for n, (messages, ids) in enumerate(zip(asked, answers)):
             text = tokenizer.decode(ids[:(ids + [tokenizer.im_end]).index(tokenizer.im_end)]).strip()
             right += text == messages[-1]['content'].strip()

@@ -79,8 +79,9 @@ def jsonl(rows):
 
 
 def pairs(found):
-    """Each question with its answer and, as the rejected one, the next answer of its kind."""
-    for kind in sorted({kind for kind, _, _ in found}):
+    """Questions with their answer and, as the rejected one, the next answer of the kind. Not for signatures, where the one
+    that has the name is easily told."""
+    for kind in 'what', 'which':
         asked = [(question, answer) for k, question, answer in found if k == kind]
         for (question, answer), (_, other) in zip(asked, asked[1:] + asked[:1]):
             if other != answer:
