@@ -6,6 +6,7 @@ From GPT-2's weights:       python sample.py --init_from=gpt2-xl --start='What i
 From a file's text:         python sample.py --start=FILE:prompt.txt
 From each line of a file:   python sample.py --prompts=lines.txt --num_samples=1 --json
 From what you type:         python sample.py --interactive
+In a conversation:          python sample.py --out_dir=out-chat --chat
 A masked language model:    python sample.py --start='import [MASK]s'
 
 A [MASK] is one token: with GPT-2's vocabulary most words begin with their space, as in 'The capital of France is[MASK].'
@@ -15,6 +16,7 @@ import codecs
 import os.path
 import signal
 import sys
+from contextlib import closing
 from itertools import islice
 from json import dumps
 
@@ -24,7 +26,7 @@ import torch
 
 from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
-from common.generate import cast_linears, stream
+from common.generate import Conversation, cast_linears, stream
 from data.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -33,6 +35,7 @@ init_from = 'resume'  # from out_dir, or 'gpt2', 'gpt2-medium', 'gpt2-large', 'g
 start = ''  # the prompt, or FILE:prompt.txt; empty: a new document
 prompts = ''  # a file with a prompt on each line, instead of start
 interactive = False  # read prompts from the keyboard: Ctrl-C stops a sample, Ctrl-D ends
+chat = False  # talk with a model of conversations (data/chat/prepare.py): Ctrl-C stops an answer, Ctrl-D ends
 num_samples = 5  # of each prompt; one of each when interactive
 batch_size = 16  # samples generated together
 max_new_tokens = 500  # in each sample
@@ -112,6 +115,21 @@ def write(jobs):
             print('' if streamed else text + text_of(ids), '---------------', sep='\n', flush=True)
 
 
+def talk():
+    """Answer what the user types, as one conversation."""
+    conversation = Conversation(model, tokenizer)
+    for n, text in enumerate(typed()):
+        try:
+            with closing(conversation.ask(text, max_new_tokens, seeds=[seed + n], **options)) as answer:
+                for _ in show(answer):
+                    pass
+            print(conversation.note)
+        except KeyboardInterrupt:
+            print('…')
+        except UserError as error:  # a question that is too long
+            print(error)
+
+
 def fill(text):
     """Print the text with each [MASK] filled by its most likely token, and the five most likely ones of each."""
     mask, (first, *others) = model.config.vocab_size, [tokenizer.encode(part).tolist() for part in text.split('[MASK]')]
@@ -152,8 +170,10 @@ def typed():
 
 if compile not in ('auto', True, False):
     raise UserError(f'compile={compile} is not one of auto, True, False')
-if (start != '') + (prompts != '') + interactive > 1:
-    raise UserError('start, prompts and interactive each name the prompt: give only one of them')
+if (start != '') + (prompts != '') + interactive + chat > 1:
+    raise UserError('start, prompts, interactive and chat each name the prompt: give only one of them')
+if chat and (unused := [name for name in ('num_samples', 'batch_size', 'stop', 'json') if name in given]):
+    raise UserError(f'{", ".join(unused)}: a conversation has one answer at a time, and it ends where the model ends it')
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:
@@ -181,6 +201,8 @@ with autocast(dtype, device):
     if not model.config.causal:
         for text in typed() if interactive else texts:
             fill(text)
+    elif chat:
+        talk()
     elif interactive:
         for n, text in enumerate(typed()):
             write([(text, seed + n)])

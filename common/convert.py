@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from common.files import reason
 from data.errors import UserError
-from data.tokenizer import TOKENIZERS, get_tokenizer, printable, tokenizer_files
+from data.tokenizer import CHATML, TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
 # -----------------------------------------------------------------------------
 # the families
@@ -411,7 +411,8 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     tokenizer = get_tokenizer(tokenizer)
     if tokenizer.vocab_size > config.vocab_size:  # some models have more ids than their tokenizers
         raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
-    hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
+    end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end  # where transformers' generate() stops
+    hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=end,
               dtype=dtype, torch_dtype=dtype)
     hf |= {setting: known[0] for setting, known in family.settings.items()}
     hf |= {where[0]: getattr(config, ours) for ours, where in family.fields.items() if where}
@@ -535,8 +536,9 @@ def tokenizer_of(vocab_size, where):
     path = find(where, 'tokenizer.json', optional=True)
     if path or (older := find(where, 'vocab.json', optional=True)):
         vocabulary = vocabulary_of(path or older)
-        for name, tokenizer in TOKENIZERS.items():
-            if len(vocabulary) == tokenizer.vocab_size == vocab_size:
+        for name in (*TOKENIZERS, *(name + CHATML for name in TOKENIZERS)):
+            size = TOKENIZERS[name.removesuffix(CHATML)].vocab_size + 2 * name.endswith(CHATML)
+            if len(vocabulary) == size == vocab_size:
                 decode = get_tokenizer(name).decode_bytes
                 if vocabulary == {printable(decode([i])): i for i in range(vocab_size)}:
                     return name

@@ -1,15 +1,18 @@
 """Generation: one token after another, each drawn from the probabilities that a GPT gives the next."""
 
+import itertools
 import math
 
 import torch
 
 from common.device import DTYPES, cpu_vector_kernels
+from data.conversation import encode
+from data.errors import UserError
 
 
 @torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           lengths=None, seeds=None, cuda_graph=False):
+           lengths=None, seeds=None, cuda_graph=False, cache=None):
     """Yield, max_new_tokens times, the next token of each row of idx as a GPT continues it: (B, 1) int64.
 
     idx: the prompts, (B, T) int64, at least one token each.
@@ -19,6 +22,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         before them is ignored, and the row continues as it would alone.
     seeds: B ints; a row's draws then depend on its own seed alone. Without, they come from torch's generator.
     cuda_graph: replay the step of one token as a CUDA graph, which saves launching its kernels one at a time.
+    cache: from model.new_cache(), with the keys and values of the first tokens of idx, which are not computed again.
 
     Keys and values of earlier tokens are cached. Past the end of the context the window slides by one, as if all but
     the last block_size tokens were cut off; every token in it then has another position and is computed again.
@@ -35,8 +39,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         # they hold a token that the row has anyway, so that repetition_penalty counts no other one as seen
         idx = idx[:, -1:].where(torch.arange(T, device=device) < empty, idx)
     max_len = min(T + max_new_tokens, block_size)
-    cache = model.new_cache(B, -(-max_len // 64) * 64 if cuda_graph else max_len, device)  # aligned, for masked kernels
-    new, step = idx, None
+    if cache is None:
+        cache = model.new_cache(B, -(-max_len // 64) * 64 if cuda_graph else max_len, device)  # aligned, for masked kernels
+    new, step = idx[:, cache[0].length:], None
     for i in range(max_new_tokens):
         S = min(T + i, block_size)  # columns in the window
         if T + i > block_size:
@@ -59,6 +64,54 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
             new = draw(next_token_probs(logits, temperature, top_k, top_p, min_p), draws[:, [i % 256]])
         idx = torch.cat((idx, new), dim=1)
         yield new
+
+
+class Conversation:
+    """A conversation with a model that knows its tokenizer's chat template. Its keys and values stay in a cache: of each
+    question and answer only the new tokens are computed.
+
+    note: what the user is to know of the last answer, a line, often empty
+    """
+
+    def __init__(self, model, tokenizer):
+        """Raises UserError for a tokenizer without a chat template."""
+        self.model, self.tokenizer, self.note = model, tokenizer, ''
+        self.eot, *_ = encode([], tokenizer)[0].tolist()
+        self.cache = model.new_cache(1, -(-model.config.block_size // 64) * 64)  # aligned, for masked kernels
+        self.turns = []  # the ids of each question and its answer
+
+    def ask(self, text, max_new_tokens, **options):
+        """Yield the ids of the answer; options: those of stream. Closed early, the answer ends there. Where the context is
+        full, the oldest turns are dropped and the rest is computed again. Raises UserError if the text does not fit."""
+        block_size, before = self.model.config.block_size, len(self.turns)
+        question = encode([{'role': 'user', 'content': text}], self.tokenizer, answer=True)[0].tolist()[1:]
+        room = block_size - 1 - len(question)
+        if room < 1:
+            raise UserError(f'a question of {len(question)} tokens does not fit into the context of {block_size}')
+        while self.turns and sum(map(len, self.turns)) + min(max_new_tokens, block_size // 4) > room:
+            self.turns.pop(0)
+            self.forget_after(0)
+        dropped, answer, end = before - len(self.turns), [], (self.tokenizer.im_end, self.tokenizer.eot)
+        idx = torch.tensor([[self.eot, *itertools.chain(*self.turns), *question]], device=self.model.lm_head.weight.device)  # (1, T)
+        known, limit = self.cache[0].length, min(max_new_tokens, block_size - idx.size(1))
+        try:
+            for new in stream(self.model, idx, limit, cache=self.cache, **options):
+                answer.append(new.item())
+                if answer[-1] in end:
+                    break
+                yield answer[-1]
+        finally:
+            self.forget_after(idx.size(1) + len(answer) - 1 if answer else known)  # the last id was not read yet
+            ended = answer[-1:] in ([i] for i in end)
+            answer = answer[:-1] if ended else answer
+            self.turns.append(question + answer + [self.tokenizer.im_end, *self.tokenizer.encode('\n').tolist()])
+            self.note = '' if ended else f'… (cut at {limit} tokens)'
+            if dropped:
+                self.note += f' (the context of {block_size} tokens is full: the {dropped} oldest of {before} questions are forgotten)'
+
+    def forget_after(self, length):
+        for layer in self.cache:
+            layer.length = length
 
 
 class OneTokenGraph:

@@ -291,10 +291,10 @@ def tiktoken_names():
 def locate(spec):
     """The path of the tokenizer.json or meta.pkl that `spec` names."""
     path = Path(os.path.expanduser(spec))
-    for file in [path / 'tokenizer.json', path / 'meta.pkl'] if path.is_dir() else [path]:
-        if file.is_file():
+    for file in [path / 'tokenizer.json', path / 'meta.pkl'] if os.path.isdir(path) else [path]:
+        if os.path.isfile(file):  # False, where Path.is_file raises, for a name that is too long
             return file
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f'{spec} holds no tokenizer.json, and no meta.pkl of nanoGPT')
     if spec.count('/') != 1 or path.suffix in ('.json', '.pkl'):
         raise UserError(f"no tokenizer is called '{spec}': there are {' and '.join(TOKENIZERS)}, tiktoken's "

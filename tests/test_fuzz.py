@@ -27,9 +27,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import prepare as engine
+from data.conversation import chat_tokenizer, conversations, encode, prepare_conversations
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files
+from data.loader import Loader
 from data.pairs import read_pairs
 from data.tokenizer import get_tokenizer
 from train_tokenizer import train
@@ -134,6 +136,25 @@ def in_turn(uses):
         raise errors[0]
 
 
+def make_chat(folder, name):
+    rows = [json.dumps([{'role': 'user', 'content': text[:9]}, {'role': 'assistant', 'content': text}]) for text in TEXTS]
+    prepare_conversations(folder, engine.corpus_of(rows), engine.corpus_of(rows[:2]), 'bytes', 50, num_proc=1, shard_size=200)
+    return folder / name
+
+
+def read_chat(path):
+    def train():
+        x, y = Loader(str(path.parent), 'train', 2, 50).next_batch()
+        assert x.shape == y.shape == (2, 50)
+    in_turn([train, lambda: verify(str(path.parent))])
+
+
+def read_conversations(path):
+    for messages in conversations(str(path)):
+        ids, scored = encode(messages, chat_tokenizer('bytes'))
+        assert len(ids) == len(scored) and ids.max() < 259
+
+
 def make_progress(folder):
     """Half of a preparation."""
     def texts():
@@ -218,11 +239,15 @@ CHARACTERS = ''.join(sorted(set(''.join(TEXTS)) | {'a'}))
 META = pickle.dumps({'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
                      'stoi': {char: i for i, char in enumerate(CHARACTERS)}})
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
-PAIRS = ''.join(json.dumps({'prompt': text, 'chosen': [{'role': 'assistant', 'content': 'a'}], 'rejected': 'b'}) + '\n' for text in TEXTS)
+PAIRS = ''.join(json.dumps({'prompt': text, 'chosen': [{'role': 'assistant', 'content': 'a'}], 'rejected': 'b'}) + '\n'
+                for text in TEXTS)
+TALKS = ''.join(json.dumps(row) + '\n' for text in TEXTS for row in (
+    {'prompt': text, 'completion': text}, {'conversations': [{'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'a'}]},
+    {'messages': [{'role': 'system', 'content': 'a'}, {'role': 'user', 'content': text}]}))
 ITEMS = ''.join(json.dumps({'ctx': 'A man', 'label': i % 4, 'endings': list('abcd')}) + '\n' for i in range(5))
 
 SETTINGS = {
-    'train.py': {'init_from': 'scratch', 'dataset': 'DATA', 'eval_only': True, 'n_layer': 1, 'n_head': 2,
+    'train.py': {'init_from': 'scratch', 'dataset': 'DATA', 'document_mask': True, 'eval_only': True, 'n_layer': 1, 'n_head': 2,
         'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'total_batch_size': 64, 'eval_tokens': 64, 'eval_iters': 1,
         'max_iters': 9, 'gradient_accumulation_steps': 0, 'warmup_iters': 1, 'lr_decay_iters': 9,
         'learning_rate': 0.001, 'min_lr': 0.0, 'lr_schedule': 'wsd', 'wsd_decay': 0.5, 'position': 'rope',
@@ -234,7 +259,7 @@ SETTINGS = {
         'hellaswag_data': '', 'sample_interval': 2, 'log_to': ''},
     'plan.py': {'gpus': 8, 'mfu': 0.4, 'gpu_hour_price': 2.0, 'budget': 0.0, 'fit': '', 'dataset': 'DATA',
         'parallel': 'fsdp', 'replicas': 2, 'n_layer': 12, 'batch_size': 8, 'max_iters': 100, 'init_from': 'scratch'},
-    'sample.py': {'out_dir': 'DATA', 'init_from': 'resume', 'start': 'a', 'prompts': '', 'num_samples': 1,
+    'sample.py': {'out_dir': 'DATA', 'init_from': 'resume', 'start': 'a', 'prompts': '', 'chat': False, 'num_samples': 1,
         'batch_size': 2, 'max_new_tokens': 5, 'temperature': 0.8, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.1,
         'repetition_penalty': 1.1, 'seed': 1, 'device': 'cpu', 'dtype': 'float32', 'compile': False},
     'evaluate.py': {'out_dir': 'DATA', 'init_from': 'resume', 'dataset': 'DATA', 'split': 'val', 'max_tokens': 9,
@@ -291,6 +316,9 @@ CASES = [  # (name, make, read)
     ('meta.json', lambda folder: make_dataset(folder, 'meta.json'), read_dataset),
     ('shard', lambda folder: make_dataset(folder, 'train_000001.npy'), read_dataset),
     ('progress.json', make_progress, read_progress),
+    ('mask', lambda folder: make_chat(folder, 'train_000001.mask.npy'), read_chat),
+    ('meta.json of conversations', lambda folder: make_chat(folder, 'meta.json'), read_chat),
+    ('conversations', make_file('a.jsonl', TALKS.encode()), read_conversations),
     ('npy', make_npy, read_foreign),
     ('bin', make_bin, read_foreign),
     ('jsonl', make_file('a.jsonl', ROWS.encode()), read_texts),

@@ -139,6 +139,7 @@ def test_what_is_not_used_is_printed(train, args, line):
 
 
 @pytest.mark.parametrize('args, words', [
+    (['--document_mask', '--objective=mlm'], 'document_mask is for objective=next_token'),
     (['--min_lr=1.0'], 'min_lr=1.0 must be at most learning_rate=0.001'),
     (['--profile'], 'profile'),
     (['--device=meta'], '--device=cpu'), (['--seed=18446744073709551616'], 'seed='),
