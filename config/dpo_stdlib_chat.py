@@ -8,9 +8,9 @@ init_from = 'out-stdlib-chat/ckpt.pt'
 pairs = 'data/stdlib_chat/pairs_train.jsonl'
 val_pairs = 'data/stdlib_chat/pairs_val.jsonl'
 eval_interval = 25
-log_interval = 5
+log_interval = 10
 
-batch_size = 32
+batch_size = 16
 gradient_accumulation_steps = 2
 learning_rate = 1e-4
 warmup_iters = 10

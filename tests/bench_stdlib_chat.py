@@ -38,7 +38,7 @@ for kind, conversations in sorted(found.items()):
         T = max(map(len, rows))
         idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
         answers, lengths = [[] for _ in rows], torch.tensor([*map(len, rows)])
-        for new in stream(model, idx, model.config.block_size, temperature=0, lengths=lengths):
+        for new in stream(model, idx, model.config.block_size - min(map(len, rows)), temperature=0, lengths=lengths):
             answers = [ids + i for ids, i in zip(answers, new.tolist())]
             if all(tokenizer.im_end in ids for ids in answers):
                 break
