@@ -144,6 +144,7 @@ if resumed:
     if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
 else:
+    print0('scoring the reference')
     reference = {'train': score(train_pairs), 'val': score(val_pairs)}
 del resumed
 print0(f'{model.get_num_params() / 1e6:.2f}M parameters, {pairs_per_step} pairs a step, {max_iters:,} steps, '
@@ -169,10 +170,10 @@ def save():
 
 
 def report(entry):
-    """Print an entry of the log, and write it."""
-    print0(' | '.join(f'{name} {x:.4g}' + f'/{max_iters}' * (name == 'step') for name, x in entry.items()))
+    """Print what is known of this step, and log it."""
+    print0(f'step {step}/{max_iters} | ' + ' | '.join(f'{name} {x:.4g}' for name, x in entry.items()))
     if run_log:
-        run_log.write(entry)
+        run_log.write({'step': step, **entry})
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -186,7 +187,7 @@ while True:
             save()
         names = 'val_loss', 'val_margin', 'val_accuracy'
         entry = dict(zip(names, measures(score(val_pairs), reference['val']).tolist()))
-        report({'step': step} | entry)
+        report(entry)
         if step > 0 and entry['val_loss'] < best_val_loss:
             best_val_loss = entry['val_loss']
             checkpoint.keep_best(out_dir)
@@ -220,8 +221,8 @@ while True:
     step, drawn, skipped = step + 1, drawn + pairs_per_step, skipped + skip.item()
     *values, stop = numbers.tolist()
     if step % log_interval == 0 or step == max_iters or skip:
-        report({'step': step, **dict(zip(('loss', 'margin', 'accuracy', 'grad_norm'), values)), 'lr': lr, 'skipped': skipped,
-                'ms': (time.perf_counter() - began) * 1e3})
+        report(dict(zip(('loss', 'margin', 'accuracy', 'grad_norm'), values)) |
+               {'lr': lr, 'skipped': skipped, 'ms': (time.perf_counter() - began) * 1e3})
 
 if stop:
     save()
