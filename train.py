@@ -145,6 +145,7 @@ def print_unused():
             (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
             (not teacher, 'teacher_weight teacher_temperature', 'there is no teacher'),
             (not lora_rank, 'lora_alpha', 'lora_rank is 0'),
+            (not distributed.store, 'backend dist_timeout', 'there is one process'),
             (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
             ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
         if unused and (names := [name for name in names.split() if name in given]):
@@ -444,6 +445,8 @@ del resumed
 if not eval_only:
     distributed.stop_on_signals()
 stop, first, unfinished = False, step, deque()  # unfinished: steps whose numbers are still on the device
+if compiled:
+    print0('compiling in the first evaluation and the first step, which may take minutes')
 durations, finished = deque(maxlen=50), time.perf_counter()  # seconds of the last steps; when the last one finished
 model.train()
 while True:

@@ -504,7 +504,8 @@ def request_stop(number, frame):
     global stop_signal, stop_time
     if not stop_signal:
         stop_signal, stop_time = number, time.monotonic()
-        print0(f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)')
+        if master:  # print may be in the middle of a line, and raises when it is called again
+            os.write(1, f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)\n'.encode())
     elif time.monotonic() - stop_time > 2:  # earlier it is torchrun, passing on what the terminal told every process
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -613,7 +614,7 @@ def abort(message, grace=20):
     """End this process, and with it the others, whatever its main thread waits for. grace: seconds for the checkpoint
     that is being written."""
     if failing:  # the main thread knows, and prints
-        time.sleep(grace)
+        time.sleep(max(1, grace))
     elif is_first_failure():
         print(message, file=sys.stderr, flush=True)
     wait([pending] if pending else [], timeout=grace)

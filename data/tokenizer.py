@@ -36,12 +36,13 @@ class Tokenizer:
     name: tells it from every other one; vocab_size: the largest id plus 1; eot: the end-of-text id; dtype: of its ids
     eot_is_text: eot also occurs within texts
     im_start, im_end: the ids that begin and end a message of a conversation; None without ChatML
+    chat_template: a Jinja template for transformers, ChatML's or another one; None for none
     files: {name: bytes} that a dataset or a run keeps of it; none where the name is enough
     encode(text): (n,) ids of self.dtype, never eot: no characters of a text are a special token
     encode_documents(texts): (n,) ids of many texts, each preceded by eot
     decode_bytes(ids): what each id stands for in the middle of a text, joined
     """
-    eot_is_text, files, im_start, im_end = False, {}, None, None
+    eot_is_text, files, im_start, im_end, chat_template = False, {}, None, None, None
 
     def decode(self, ids):
         """Text of the ids (a list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
@@ -142,7 +143,7 @@ class TokenizerJSON(Tokenizer):
         self.eot_is_text = len(end) == 1  # of Characters
         self.end, self.sha256 = end, hashlib.sha256(content).hexdigest()
         self.chat_template = json.loads(config or b'{}').get('chat_template')
-        if self.chat_template == chat_template(end):  # exported from here
+        if self.chat_template == chatml_template(end):  # exported from here
             self.im_start, self.im_end = vocabulary.get(IM_START), vocabulary.get(IM_END)
         self.name = f'tokenizer.json {self.sha256[:12]} (end: {end!r})'
         self.files = {'tokenizer.json': content, 'tokenizer_config.json': config or json.dumps(
@@ -238,14 +239,14 @@ class ChatML(Tokenizer):
 
     def __init__(self, base):
         vocabulary = base.hf.get_vocab() if base.files else {}
-        if getattr(base, 'chat_template', None) or base.im_start is not None:
-            raise UserError(f'{base.name} has a chat template of its own, and takes no other one')
+        if base.chat_template:
+            raise UserError(f'{base.name} has a chat template of its own, which cannot be read here: conversations are ChatML')
         new = [token for token in (IM_START, IM_END) if token not in vocabulary]
         ids = vocabulary | {token: base.vocab_size + i for i, token in enumerate(new)}
         self.base, self.name, self.vocab_size = base, base.name + CHATML, base.vocab_size + len(new)
         self.im_start, self.im_end, self.eot, self.eot_is_text = ids[IM_START], ids[IM_END], base.eot, base.eot_is_text
-        self.dtype, self.end = smallest_dtype(self.vocab_size), getattr(base, 'end', END_OF_TEXT)
-        self.files, self.sha256 = base.files, getattr(base, 'sha256', '')
+        self.dtype, self.files, self.sha256 = smallest_dtype(self.vocab_size), base.files, getattr(base, 'sha256', '')
+        self.chat_template = chatml_template(getattr(base, 'end', END_OF_TEXT))
 
     def encode(self, text):
         return self.base.encode(text).astype(self.dtype, copy=False)
@@ -269,8 +270,8 @@ def get_tokenizer(spec):
     if spec in TOKENIZERS or os.path.basename(spec) == spec and spec in tiktoken_names():
         return named(spec)
     path = locate(spec)
-    config = config_of(path)
-    return from_file(path, config, *(os.stat(file).st_mtime_ns for file in (path, config) if file.is_file()))
+    beside = config_of(path), path.with_name('chat_template.jinja')
+    return from_file(path, *beside, *(os.stat(file).st_mtime_ns for file in (path, *beside) if file.is_file()))
 
 
 def tokenizer_name(spec):
@@ -304,11 +305,13 @@ def locate(spec):
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     try:
         path = Path(hf_hub_download(spec, 'tokenizer.json'))
-        try:
-            hf_hub_download(spec, 'tokenizer_config.json')
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
-                raise
+        for file in ('tokenizer_config.json', 'chat_template.jinja'):
+            try:
+                hf_hub_download(spec, file)
+            except EntryNotFoundError as error:
+                no_network = isinstance(error, LocalEntryNotFoundError)  # rather than no such file
+                if no_network and file != 'chat_template.jinja':  # few models have one
+                    raise
         return path
     except Exception as error:  # many kinds: no such model or file, no network, no access
         raise UserError(f'there is no file {spec}, and no tokenizer.json of that name could be downloaded from the '
@@ -321,14 +324,17 @@ def config_of(path):
 
 
 @functools.lru_cache(16)
-def from_file(path, config, *_modified):
+def from_file(path, config, template, *_modified):
     try:
         if path.suffix == '.pkl':
             return Characters(path.read_bytes())
-        return TokenizerJSON(path.read_bytes(), config.read_bytes() if config.is_file() else b'')
+        settings = config.read_bytes() if config.is_file() else b''
+        if template.is_file():  # where transformers writes it since version 5
+            settings = json.dumps({**json.loads(settings or b'{}'), 'chat_template': template.read_text('utf-8')}).encode()
+        return TokenizerJSON(path.read_bytes(), settings)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f'{path} is no tokenizer: {error}') from None
 
 
@@ -456,10 +462,10 @@ def with_chatml(tokenizer, files):
                                      rstrip=False) for token, i in ((IM_START, tokenizer.im_start), (IM_END, tokenizer.im_end))
                                 if token not in known]
     return {'tokenizer.json': content,
-            'tokenizer_config.json': files['tokenizer_config.json'] | {'chat_template': chat_template(tokenizer.end)}}
+            'tokenizer_config.json': files['tokenizer_config.json'] | {'chat_template': tokenizer.chat_template}}
 
 
-def chat_template(eot):
+def chatml_template(eot):
     """What data.conversation.encode does, as a Jinja template for transformers; eot: how the end-of-text id is written."""
     message = f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] | trim + '{IM_END}\\n' }}}}"
     answer = f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"

@@ -7,15 +7,19 @@ import runpy
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+
+os.environ |= {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}  # processes share the cores; no test talks to the hub
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
+from processes import ROOT, Script
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
 if (SHARED / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(SHARED / 'tiktoken'))
@@ -37,8 +41,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_
 
 
 def environment(**more):
-    """One thread a process, since processes share the cores, and no network."""
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'PYTHONUNBUFFERED': '1', **more}
+    return {**os.environ, 'PYTHONUNBUFFERED': '1', **more}
 
 
 def command(script, *args, processes=0, torchrun=()):
@@ -49,8 +52,11 @@ def command(script, *args, processes=0, torchrun=()):
     return [*launcher, str(ROOT / script), *map(str, args)]
 
 
-def start(script, *args, processes=0, torchrun=(), **env):
-    """The script as a running process (text pipes, a process group of its own)."""
+def start(script, *args, processes=0, torchrun=(), fork=True, **env):
+    """The script as a running process (text pipes, a process group of its own): by its command line under torchrun and
+    where libraries may read env as they are imported, else forked."""
+    if fork and not processes and not env:
+        return Script(command(script, *args)[1:], environment())
     return subprocess.Popen(command(script, *args, processes=processes, torchrun=torchrun), cwd=ROOT, text=True,
                             env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
@@ -58,13 +64,32 @@ def start(script, *args, processes=0, torchrun=(), **env):
 
 def finish(process, timeout=240):
     """Wait for a process that start() gave, and give it its stdout and stderr as text."""
-    try:
-        process.out, process.err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.out, process.err = process.communicate()
-        pytest.fail(f'still running after {timeout} s:\n{process.out}\n{process.err}')
+    with ThreadPoolExecutor(2) as pool:
+        texts = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
+        wait(texts, timeout)
+        try:
+            process.wait(0 if not all(text.done() for text in texts) else timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f'still running after {timeout} s:\n' + '\n'.join(text.result() for text in texts))
+        process.wait()
+    process.out, process.err = (text.result() for text in texts)
     return process
+
+
+def run_ranks(script, *args, processes):
+    """The script on several processes that join as under torchrun, which takes longer to start. Returns the first one,
+    finished, with the output of all."""
+    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    ranks = {'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
+             'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+    started = [Script(command(script, *args)[1:], environment(RANK=str(r), LOCAL_RANK=str(r), **ranks))
+               for r in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        for process in pool.map(finish, started):
+            assert process.returncode == 0, f'exit status {process.returncode}\n{process.out}\n{process.err}'
+    started[0].out, started[0].err = (''.join(getattr(process, name) for process in started) for name in ('out', 'err'))
+    return started[0]
 
 
 def run(script, *args, expect=0, **how):
@@ -127,6 +152,15 @@ def dataset(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A script that runs in this process sets handlers; with sample.py's for SIGPIPE, a write to an ended process kills."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def inside(monkeypatch, capsys):
     """inside(script, *args): run a script in this process, which spares the seconds that a new one takes to start.
@@ -139,7 +173,6 @@ def inside(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() installs its own
     monkeypatch.setattr(distributed, 'stop_signal', 0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision, random = torch.get_float32_matmul_precision(), torch.get_rng_state()
 
     def run_inside(script, *args):
@@ -154,7 +187,5 @@ def inside(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run_inside
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     torch.set_float32_matmul_precision(precision)
     torch.set_rng_state(random)

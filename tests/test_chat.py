@@ -234,19 +234,27 @@ def train(inside, chat, tmp_path):
     return run
 
 
-def test_the_first_loss_by_hand(train, chat, tmp_path):
-    """The mean over all scored tokens of a step's micro-batches, each document computed alone."""
-    train('out', '--position=rope', '--max_iters=1', '--eval_interval=1', '--seed=3', '--learning_rate=0', '--min_lr=0')
+def test_the_first_losses_by_hand(train, chat, tmp_path):
+    """The mean over all scored tokens, of a step's micro-batches and of the validation, each document computed alone."""
+    train('out', '--position=rope', '--max_iters=1', '--eval_interval=1', '--seed=3', '--learning_rate=0', '--min_lr=0',
+          '--eval_tokens=1024')
     model, _ = pretrained(str(tmp_path / 'out' / 'ckpt.pt'))
-    loader, total, count = Loader(str(chat), 'train', 4, 128, seed=3), 0, 0
-    with torch.no_grad():
-        for x, y in (row for _ in range(2) for row in zip(*loader.next_batch())):
-            starts = [*torch.where(x == BYTES.eot)[0].tolist(), 128]
-            for a, b in zip(starts, starts[1:]):
-                logits = model(x[None, a:b], y[None, a:b])[0][0]
-                total += F.cross_entropy(logits, y[a:b], ignore_index=-1, reduction='sum').item()
-            count += (y != -1).sum().item()
-    assert losses(tmp_path / 'out')[1] == pytest.approx(total / count, rel=1e-4)
+
+    def by_hand(batches):
+        total = count = 0
+        with torch.no_grad():
+            for x, y in (row for batch in batches for row in zip(*batch)):
+                starts = [*torch.where(x == BYTES.eot)[0].tolist(), 128]
+                for a, b in zip(starts, starts[1:]):
+                    logits = model(x[None, a:b], y[None, a:b])[0][0]
+                    total += F.cross_entropy(logits, y[a:b], ignore_index=-1, reduction='sum').item()
+                count += (y != -1).sum().item()
+        return total / count
+
+    loader = Loader(str(chat), 'train', 4, 128, seed=3)
+    assert losses(tmp_path / 'out')[1] == pytest.approx(by_hand([loader.next_batch(), loader.next_batch()]), rel=1e-4)
+    val = [entry['val_loss'] for entry in read_log(tmp_path / 'out') if 'val_loss' in entry]
+    assert val == pytest.approx([by_hand(Loader(str(chat), 'val', 4, 128).eval_batches(8))] * 2, rel=1e-4)
 
 
 def test_it_compiles(train, tmp_path, traced):
@@ -267,6 +275,23 @@ def test_flex_attention_compiles(traced, on_cpu):
         torch.testing.assert_close(loss, model(x, x, mask=objectives.document_mask(x, 256))[1], rtol=1e-4, atol=1e-4)
         graphs = torch._dynamo.utils.counters['stats']['unique_graphs'] - (seed and graphs)
     assert graphs == 0  # no new one for each mask
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_flex_attention_on_a_gpu():
+    """Compiled, in bfloat16, forward and backward, beside the plain mask."""
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50304, n_layer=2, n_head=4, n_kv_head=2, n_embd=256, position='rope')).cuda()
+    x = torch.randint(0, 300, (4, 1024), device='cuda')
+    results = []
+    for create in (None, torch.compile(create_block_mask)):
+        model.zero_grad()
+        forward = torch.compile(model.forward)
+        with torch.autocast('cuda', torch.bfloat16):
+            loss = forward(x, x.roll(-1, 1), return_logits=False, mask=objectives.document_mask(x, 256, create))[1]
+        loss.backward()
+        results.append((loss.item(), model.transformer.h[0].attn.c_attn.weight.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert (results[0][1] - results[1][1]).norm() < 0.05 * results[0][1].norm()
 
 
 def test_a_resume_is_exact(train, tmp_path):
@@ -342,6 +367,14 @@ def test_a_base_model_becomes_one_that_talks(train, base, tmp_path):
     assert log[-1] < 0.6 * log[0] and saved['model_args']['vocab_size'] == 259 and saved['tokenizer'] == 'bytes+chatml', out
     with pytest.raises(UserError, match='the weights were trained on bytes tokens'):
         train('out2', f'--init_from={base}', '--dataset=' + str(wrong(tmp_path)))
+
+
+def test_adapters_learn_to_end_an_answer(train, base, tmp_path):
+    """The embeddings are frozen: the rows of the two tokens must differ from the start."""
+    train('out', f'--init_from={base}', '--lora_rank=4', '--max_iters=2', '--eval_interval=2')
+    model, tokenizer = pretrained(str(tmp_path / 'out' / 'ckpt.pt'))
+    rows = model.lm_head.weight
+    assert tokenizer == 'bytes+chatml' and (rows[257] - rows[258]).norm() > 0.5 * rows[:257].norm(dim=1).mean()
 
 
 def wrong(folder):

@@ -88,6 +88,9 @@ def test_the_same_ids_in_transformers(spec, tmp_path):
     assert theirs.apply_chat_template(TALK)['input_ids'] == encode(TALK, tokenizer)[0].tolist()
     assert (theirs.apply_chat_template(TALK[:2], add_generation_prompt=True)['input_ids']
             == encode(TALK[:2], tokenizer, answer=True)[0].tolist())
+    theirs.save_pretrained(tmp_path / 'again')
+    assert (tmp_path / 'again' / 'chat_template.jinja').exists()
+    assert chat_tokenizer(str(tmp_path / 'again')).im_end == tokenizer.im_end
     back = chat_tokenizer(str(tmp_path))  # the template is known
     assert (back.im_start, back.vocab_size) == (tokenizer.im_start, tokenizer.vocab_size)
     assert (encode(TALK, back)[0] == encode(TALK, tokenizer)[0]).all()
@@ -122,13 +125,21 @@ def test_a_tokenizer_without_a_template(tmp_path):
         get_tokenizer('bytes+chatml+chatml')
     (tmp_path / 'tokenizer.json').write_bytes(train('bpe', 300, ['a text']))
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}')
-    with pytest.raises(UserError, match='chat template of its own'):
-        chat_tokenizer(str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(UserError, match='chat template of its own'):
+            chat_tokenizer(str(tmp_path))
+        with pytest.raises(UserError, match='chat template of its own'):
+            encode(TALK, get_tokenizer(str(tmp_path)))
+        (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')  # where newer versions write it
+        (tmp_path / 'chat_template.jinja').write_text('{{ messages }}')
+    (tmp_path / 'tokenizer_config.json').write_text('[]')
+    with pytest.raises(UserError, match='is no tokenizer'):
+        get_tokenizer(str(tmp_path))
 
 
 def test_ids_fit_a_larger_dtype():
     import types
     from data.tokenizer import ChatML
-    base = types.SimpleNamespace(name='x', vocab_size=2**16 - 1, eot=1, eot_is_text=False, files={}, im_start=None,
+    base = types.SimpleNamespace(name='x', vocab_size=2**16 - 1, eot=1, eot_is_text=False, files={}, chat_template=None,
                                  encode=lambda text: np.zeros(len(text), np.uint16))
     assert ChatML(base).dtype == np.uint32 and encode(TALK, ChatML(base))[0].max() == 2**16

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 import torch
 
 from common import distributed
-from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, start
+from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
 from processes import on_processes
 
@@ -65,7 +64,7 @@ def test_a_layout_trains_as_one_process_and_one_process_goes_on(dataset, alone, 
     folder, settings = alone
     processes, layout_settings = LAYOUTS[layout]
     out_dir = folder.parent / layout
-    run(*tiny(dataset, out_dir, *settings, *layout_settings), processes=processes)
+    run_ranks(*tiny(dataset, out_dir, *settings, *layout_settings), processes=processes)
     assert_same_losses(folder, out_dir)
     theirs = [entry['val_loss'] for entry in read_log(folder) if 'val_loss' in entry]
     assert [entry['val_loss'] for entry in read_log(out_dir) if 'val_loss' in entry] == pytest.approx(theirs, abs=2e-3)
@@ -82,8 +81,8 @@ def test_a_checkpoint_goes_from_layout_to_layout(dataset, alone):
     shutil.copytree(folder, folder.parent / 'journey')
     for step, layout in (10, 'zero1'), (15, 'fsdp'):
         (folder.parent / 'journey' / f'ckpt_{step:06d}.pt').replace(folder.parent / 'journey' / 'ckpt.pt')
-        run(*tiny(dataset, folder.parent / 'journey', *settings, *LAYOUTS[layout][1], '--init_from=resume',
-                  '--eval_interval=5'), processes=2)
+        run_ranks(*tiny(dataset, folder.parent / 'journey', *settings, *LAYOUTS[layout][1], '--init_from=resume',
+                        '--eval_interval=5'), processes=2)
         assert_same_losses(folder, folder.parent / 'journey')
     ours, theirs = (torch.load(out_dir / 'ckpt.pt', weights_only=True) for out_dir in (folder, folder.parent / 'journey'))
     assert ours['model'].keys() == theirs['model'].keys()
@@ -96,7 +95,7 @@ def test_each_process_writes_its_shards_and_one_reads_them(dataset, alone):
     folder, settings = alone
     out_dir = folder.parent / 'sharded'
     settings = [*settings, '--eval_interval=5']
-    run(*tiny(dataset, out_dir, *settings, '--parallel=fsdp', '--sharded_checkpoints'), processes=2)
+    run_ranks(*tiny(dataset, out_dir, *settings, '--parallel=fsdp', '--sharded_checkpoints'), processes=2)
     used = {torch.load(path, weights_only=True)['shards'] for path in out_dir.glob('ckpt*.pt')}
     assert {path.name for path in out_dir.glob('shards_*')} == used and len(used) == 2  # the others are gone
     assert all(len(list((out_dir / name).iterdir())) == 2 for name in used)
@@ -118,10 +117,8 @@ def test_shards_that_do_not_fit_leave_the_checkpoint_before(dataset, tmp_path):
 
 
 def test_bfloat16_blocks_train_as_autocast_does(dataset, tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        for name, processes, settings in ('ddp', 2, []), ('fsdp', 2, ['--parallel=fsdp']):
-            pool.submit(run, *tiny(dataset, tmp_path / name, '--dtype=bfloat16', '--position=rope', *settings),
-                        processes=processes).result()
+    for layout in 'ddp', 'fsdp':
+        run_ranks(*tiny(dataset, tmp_path / layout, '--dtype=bfloat16', '--position=rope', f'--parallel={layout}'), processes=2)
     ddp, fsdp = losses(tmp_path / 'ddp'), losses(tmp_path / 'fsdp')
     assert all(abs(ddp[step] - fsdp[step]) < 1e-2 for step in ddp) and ddp != fsdp
 
@@ -223,7 +220,7 @@ def test_workers_end_when_torchrun_is_killed(dataset, tmp_path):
             break
     process.kill()
     finish(process)  # until the last of the workers has closed its pipes
-    assert 'aborting' in process.err and 'Traceback' not in process.err
+    assert re.search('aborting|lost its connection', process.err) and 'Traceback' not in process.err
 
 
 def test_a_second_signal_ends_at_once_but_not_torchruns_copy(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import checkpoint, lora
-from conftest import TINY, losses, run
+from conftest import TINY, losses, run_ranks
 from data.errors import UserError
 from model import GPT, GPTConfig
 from plan import memory
@@ -81,7 +81,7 @@ def test_adapters_train_on_two_processes_compiled(dataset, tmp_path, traced, lay
     write_base(tmp_path / 'base.pt', n_layer=1)
     settings = [f'--init_from={tmp_path}/base.pt', '--lora_rank=4', '--learning_rate=3e-2', '--max_iters=4', '--n_layer=1']
     run_here(*tiny(dataset, tmp_path / 'one', *settings))
-    run(*tiny(dataset, tmp_path / 'two', *settings, traced, f'--parallel={layout}', '--compile=True'), processes=2)
+    run_ranks(*tiny(dataset, tmp_path / 'two', *settings, traced, f'--parallel={layout}', '--compile=True'), processes=2)
     one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
     assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-3)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from common import checkpoint, distributed, objectives, page
-from conftest import TINY, losses, read_log, run
+from conftest import TINY, losses, read_log, run_ranks
 from data.dataset import Split
 from data.errors import UserError
 from data.loader import Loader
@@ -93,7 +93,7 @@ _Loader.next_batch = _next_batch
 ''')
     for name, batch_size, processes in ('one', 16, 0), ('eight', 2, 0), ('two', 2, 2):
         args = tiny(dataset, tmp_path / name, uneven, f'--batch_size={batch_size}', '--max_iters=5', '--eval_tokens=1024')
-        run(*args, processes=processes) if processes else run_here(*args)
+        run_ranks(*args, processes=processes) if processes else run_here(*args)
     one, eight, two = (losses(tmp_path / name) for name in ('one', 'eight', 'two'))
     assert len(one) == 5
     assert list(eight.values()) == pytest.approx(list(one.values()), abs=2e-5)
@@ -136,7 +136,7 @@ def test_a_model_learns_its_teachers_distribution(dataset, tmp_path, traced):
     run_here(*tiny(dataset, tmp_path / 'cut', *settings, '--init_from=resume'))
     assert losses(tmp_path / 'cut') == {step: one[step] for step in range(11, 21)}
     run_here(*tiny(dataset, tmp_path / 'dry', *settings, '--dropout=0.0', '--max_iters=3'))
-    run(*tiny(dataset, tmp_path / 'two', *settings, '--dropout=0.0', '--max_iters=3', traced, '--compile=True'), processes=2)
+    run_ranks(*tiny(dataset, tmp_path / 'two', *settings, '--dropout=0.0', '--max_iters=3', traced, '--compile=True'), processes=2)
     dry, two = losses(tmp_path / 'dry'), losses(tmp_path / 'two')
     assert list(two.values()) == pytest.approx(list(dry.values()), abs=1e-4)
     student, _ = checkpoint.pretrained(str(tmp_path / 'one' / 'ckpt.pt'))
@@ -257,5 +257,6 @@ def test_masks_that_fit_nothing_are_refused(dataset, tmp_path, settings, line):
 
 
 def test_two_processes_train_a_masked_model_compiled(dataset, tmp_path, traced):
-    run(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--compile=True', '--learning_rate=1e-2'), processes=2)
+    run_ranks(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--compile=True', '--learning_rate=1e-2'),
+              processes=2)
     assert len(losses(tmp_path)) == 12 and losses(tmp_path)[12] < losses(tmp_path)[1] - 0.2

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from conftest import TINY, at_step, run
+from conftest import TINY, at_step, run, run_ranks
 from plan import predicted_loss
 
 SIZES = ['--n_layer=3', '--n_embd=64', '--n_head=4', '--block_size=32', '--batch_size=4']
@@ -56,7 +56,7 @@ def test_a_plan_that_does_not_fit_names_settings_that_do():
 def test_memory_is_what_the_plan_says(dataset, tmp_path, layout):
     """Bytes of weights, gradients and optimizer on the fullest process, within 15%."""
     args = [*TINY, *SIZES, *LAYOUTS[layout], f'--dataset={dataset}', f'--out_dir={tmp_path}', '--total_batch_size=512']
-    measure = at_step(tmp_path, 3, f"""import json, measured; measured.tell({str(tmp_path)!r})""")
+    measure = at_step(tmp_path, 3, f"""import sys; sys.path.append({str(tmp_path)!r}); import measured; measured.tell({str(tmp_path)!r})""")
     (tmp_path / 'measured.py').write_text('''
 import json, os
 from __main__ import model, opts
@@ -72,7 +72,7 @@ def tell(folder):
     with open(f"{folder}/{os.environ['RANK']}.json", 'w') as f:
         json.dump(found, f)
 ''')
-    run('train.py', *args, '--max_iters=3', measure, processes=2, PYTHONPATH=str(tmp_path))
+    run_ranks('train.py', *args, '--max_iters=3', measure, processes=2)
     found = [json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2)]
     planned = parts(plan(*args, '--gpus=2'))
     for part in ('weights', 'gradients', 'optimizer'):

@@ -168,7 +168,7 @@ def killed(script, out_dir, *args, shard_size, times, shards, pause):
         time.sleep(chance.uniform(0, pause))
         assert process.poll() is None, f'it ended before it was killed: {process.stderr.read()}'
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        finish(process)
         for path in out_dir.glob('*.npy'):
             assert path.stat().st_size == 128 + 2 * len(np.load(path, mmap_mode='r')), f'{path} is not whole'
     assert len(list(out_dir.glob('*.npy'))) > times / 2
@@ -337,7 +337,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
 def test_ctrl_c_while_workers_start_is_one_line(tmp_path, children):
     write_jsonl(tmp_path / 'a.jsonl', [f'{i} ' + 'abc ' * 250 for i in range(5000)])
     process = start('prepare_fineweb.py', f'--out_dir={tmp_path}/out', f'--data_files={tmp_path}/a.jsonl',
-                    '--tokenizer=bytes', '--dedup=exact', '--num_proc=2')
+                    '--tokenizer=bytes', '--dedup=exact', '--num_proc=2', fork=False)
     listing = Path(f'/proc/{process.pid}/task/{process.pid}/children')
     while len(listing.read_text().split()) < children:
         time.sleep(0.0001)
@@ -416,7 +416,7 @@ def test_progress_never_leads_out_of_the_folder(tmp_path):
     for name in '../other.npy', str(tmp_path / 'other.npy'), 'train_/../../other.npy', 'other.npy':
         meta['shards'][0] |= {'file': name, 'tokens': 5}
         (tmp_path / 'out/meta.json').write_text(json.dumps(meta))
-        assert f'meta.json is damaged' in complaint(tmp_path / 'out', f'--data_files={path}')
+        assert 'meta.json is damaged' in complaint(tmp_path / 'out', f'--data_files={path}')
 
 
 @contextlib.contextmanager

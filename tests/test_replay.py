@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import replay
-from conftest import ROOT, TINY, needs_gpt2, run
+from conftest import ROOT, TINY, needs_gpt2, run, run_ranks
 from data.errors import UserError
 from data.loader import Loader
 from data.tokenizer import get_tokenizer
@@ -115,7 +115,7 @@ def _next_batch(self):
 Loader.next_batch = _next_batch
 """)
     args = [*TINY, '--n_layer=1', f'--dataset={mixture}', f'--out_dir={out_dir}', '--eval_interval=3', '--seed=7', tell]
-    run('train.py', *args, '--total_batch_size=512', '--max_iters=3', processes=2)
+    run_ranks('train.py', *args, '--total_batch_size=512', '--max_iters=3', processes=2)
     read = [[json.loads(line) for line in (tmp_path / f'read{rank}').read_text().splitlines()] for rank in (0, 1)]
     rows = [row for one, two in zip(*read) for row in one + two]  # (rank 0's, rank 1's) micro-batch by micro-batch
     (tmp_path / 'read0').unlink()

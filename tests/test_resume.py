@@ -1,13 +1,10 @@
 """A run that is stopped, killed, starved of disk or fed with nonsense ends where the undisturbed run ends."""
 
 import functools
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from conftest import ROOT, TINY, at_step, environment, losses, read_log, run
+from conftest import TINY, at_step, finish, losses, read_log, run, run_ranks, start
 
 KILLS = 20
 
@@ -62,66 +59,42 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(dataset, tmp_path, s
 
 def test_another_number_of_processes_goes_on_with_the_same_data(dataset, tmp_path):
     run(*tiny(dataset, tmp_path / 'one', '--keep_checkpoints=2'))
-    for name, processes in ('two', 2), ('alone', 0):
+    for name, processes in ('two', 2), ('alone', 1):
         (tmp_path / name).mkdir()
         source = tmp_path / 'one' / 'ckpt_000010.pt' if name == 'two' else tmp_path / 'two' / 'ckpt_000015.pt'
         (tmp_path / name / 'ckpt.pt').write_bytes(source.read_bytes())
-        run(*tiny(dataset, tmp_path / name, '--init_from=resume', '--eval_interval=5', '--keep_checkpoints=2'),
-            processes=processes)
+        run_ranks(*tiny(dataset, tmp_path / name, '--init_from=resume', '--eval_interval=5', '--keep_checkpoints=2'),
+                  processes=processes)
         one, other = losses(tmp_path / 'one'), losses(tmp_path / name)
         assert min(other) == (11 if name == 'two' else 16) and max(other) == 20
         assert all(abs(one[step] - other[step]) < 1e-3 for step in other)
         assert read(tmp_path / 'one')['data'] == read(tmp_path / name)['data']
 
 
-# forks a process for each line of arguments, which has torch imported already: a real process, killed for real
-FORK = """
-import json, os, runpy, sys
-import hellaswag, torch, common.checkpoint, common.log, common.optimizers, configurator, data.loader, model
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        sys.argv = json.loads(line)
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        sys.exit()
-    print('started', pid, flush=True)
-    print('ended', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 def test_twenty_kills_end_where_no_kill_ends(dataset, tmp_path):
     args = ['--max_iters=200', '--eval_interval=3', '--eval_iters=1', '--dropout=0.1', '--keep_checkpoints=2',
             '--log_interval=1']
 
-    def train(forks, out_dir, kill_after=0, delay=0.0):
-        """Run to the end, or kill after some steps and seconds. Returns the exit status."""
-        forks.stdin.write(json.dumps([*map(str, tiny(dataset, out_dir, *args)), '--init_from=auto']) + '\n')
-        forks.stdin.flush()
-        said = ''
-        for line in forks.stdout:
-            said += line
-            if line.startswith('started '):
-                pid = int(line.split()[1])
+    def train(out_dir, kill_after=0, delay=0.0):
+        """Run to the end, or kill after some steps and seconds. Returns the finished process."""
+        process = start(*tiny(dataset, out_dir, *args), '--init_from=auto')
+        for line in process.stdout:
             if re.match(r'step \d+/200 \| loss', line):
                 kill_after -= 1
                 if kill_after == 0:
                     time.sleep(delay)
-                    os.kill(pid, signal.SIGKILL)
-            if line.startswith('ended '):
-                return int(line.split()[1]), said
-        raise AssertionError(said)
+                    process.kill()
+        return finish(process)
 
     def killed(seed):
         dice, out_dir = random.Random(seed), tmp_path / f'killed-{seed}'
-        with subprocess.Popen([sys.executable, '-c', FORK], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE) as forks:
-            for _ in range(KILLS // 2):  # it may then write, log, evaluate or do anything else
-                status, said = train(forks, out_dir, dice.randrange(2, 25), dice.uniform(0, 0.05))
-                assert status == -signal.SIGKILL, said
-                if (out_dir / 'ckpt.pt').exists():
-                    assert read(out_dir)['iter_num'] % 3 == 0
-            status, said = train(forks, out_dir)
-            assert status == 0, said
+        for _ in range(KILLS // 2):  # it may then write, log, evaluate or do anything else
+            process = train(out_dir, dice.randrange(2, 25), dice.uniform(0, 0.05))
+            assert process.returncode == -signal.SIGKILL, process.err
+            if (out_dir / 'ckpt.pt').exists():
+                assert read(out_dir)['iter_num'] % 3 == 0
+        process = train(out_dir)
+        assert process.returncode == 0, process.err
         return out_dir
 
     with ThreadPoolExecutor(2) as pool:
@@ -210,7 +183,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(dataset, tmp_path):
     """The loss of one of two processes is not a number once: one update is left out, and nothing else is lost."""
     bad = at_step(tmp_path, 5, "if os.environ['RANK'] == '1': args[0] = list(args[0]); "
                                "args[0][0].grad.fill_(float('nan'))")
-    out = run(*tiny(dataset, tmp_path / 'out'), bad, processes=2).out
+    out = run_ranks(*tiny(dataset, tmp_path / 'out'), bad, processes=2).out
     assert [line.split()[1] for line in out.splitlines() if 'skipped' in line] == ['5/20']
     log = [entry for entry in read_log(tmp_path / 'out') if 'loss' in entry]
     assert [entry['skipped'] for entry in log] == [0] * 4 + [1] * 16
@@ -231,6 +204,6 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_checkpoint(dataset, t
     wild = at_step(tmp_path, 15, "from __main__ import model; model.lm_head.weight.data.fill_(float('inf'))")
     process = run(*tiny(dataset, tmp_path, '--max_iters=60', '--max_bad_steps=8'), wild, expect=1)
     assert process.err.count('\n') == 1
-    assert f'8 steps in a row' in process.err and f'the last good checkpoint is {tmp_path}/ckpt.pt' in process.err
+    assert '8 steps in a row' in process.err and f'the last good checkpoint is {tmp_path}/ckpt.pt' in process.err
     assert read(tmp_path)['iter_num'] == 10
     assert torch.isfinite(read(tmp_path)['model']['lm_head.weight']).all()

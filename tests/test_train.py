@@ -6,13 +6,15 @@ import re
 import runpy
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from conftest import ROOT, TINY, finish, losses, read_log, run, start
+import hellaswag
+from conftest import ROOT, TINY, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
 from model import GPT, GPTConfig
 
@@ -47,7 +49,7 @@ def test_two_processes_train_as_one(dataset, tmp_path):
     args = ['--total_batch_size=1024', '--grad_clip=0.5']
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(run, *tiny(dataset, tmp_path / 'one', *args))
-        two = pool.submit(run, *tiny(dataset, tmp_path / 'two', *args), processes=2)
+        two = pool.submit(run_ranks, *tiny(dataset, tmp_path / 'two', *args), processes=2)
     out = two.result().out
     assert len(re.findall(r'^step 20/20 \| loss', out, re.MULTILINE)) == 1  # one of them prints
     one, two = losses(tmp_path / 'one'), losses(tmp_path / 'two')
@@ -204,6 +206,22 @@ def test_a_mistake_is_told_once_by_many_processes(dataset, tmp_path):
         assert f'exitcode  : {status}' in process.err
 
 
+def test_slow_steps_and_a_missing_network_are_said(dataset, tmp_path, inside, monkeypatch):
+    tell = time.perf_counter
+    monkeypatch.setattr(time, 'perf_counter', lambda: 1e5 * tell())
+    monkeypatch.setattr(hellaswag, 'URL', 'http://127.0.0.1:9/items.jsonl')  # nothing listens there
+    monkeypatch.setattr(hellaswag, 'FILE', tmp_path / 'items.jsonl')
+    settings = [setting for setting in TINY if 'hellaswag' not in setting]
+    arguments = 'train.py', *settings, f'--dataset={dataset}', '--max_iters=1', '--backend=gloo', f'--out_dir={tmp_path}/out'
+    out = inside(*arguments)
+    assert re.search(r'a step takes about .* 4 micro-batches of 4 x 32 tokens; a smaller total_batch_size', out)
+    assert 'HellaSwag is not scored: http://127.0.0.1:9/items.jsonl could not be fetched' in out
+    assert '--hellaswag_interval=0 turns it off' in out
+    assert 'not used: backend (there is one process)' in out
+    with pytest.raises(UserError, match='could not be fetched'):  # it was asked for
+        inside(*arguments, '--hellaswag_interval=5')
+
+
 def test_a_loss_that_is_no_number_is_shown(dataset, tmp_path):
     model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32))
     model.lm_head.weight.data.fill_(3e38)  # finite, and their sums are not
@@ -226,9 +244,10 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, proces
     other = tmp_path / 'other'
     run('data/stdlib/prepare.py', f'--out_dir={other}')
     out_dir = tmp_path / 'out'
-    process = run(*tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}',
-                        '--n_layer=1', '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4',
-                        f'--hellaswag_data={items}', '--sample_interval=4', '--profile'), processes=processes)
+    args = tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}', '--n_layer=1',
+                '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',
+                '--sample_interval=4', '--profile')
+    process = run_ranks(*args, processes=processes) if processes else run(*args)
     assert ' compiled' in process.out and process.out.count('hellaswag') == 3 and process.out.count('  > ') == 6
     final = read_log(out_dir)[-1]
     assert final['hellaswag'] in (0, 1)  # the three items are one
