@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import checkpoint, distributed, objectives
-from conftest import TINY, at_step, read_log, run
+from conftest import TINY, at_step, read_log, run_ranks
 from data.conversation import encode
 from data.errors import UserError
 from data.pairs import collate, read_pairs, shuffled
@@ -39,7 +39,7 @@ def dpo(inside, tmp_path):
                 f'--val_pairs={val}', '--batch_size=4', '--gradient_accumulation_steps=2', '--learning_rate=1e-3',
                 '--warmup_iters=2', '--max_iters=20', '--eval_interval=10', '--device=cpu', '--dtype=float32',
                 '--compile=False', *args]
-        return run(*args, processes=processes) if processes else inside(*args)
+        return run_ranks(*args, processes=processes) if processes else inside(*args)
     return dpo
 
 
