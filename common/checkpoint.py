@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from common import convert, distributed, files, lora
+from common.distributed import print0
 from data.errors import UserError, some
 from data.tokenizer import from_record, keep_files
 
@@ -360,6 +361,19 @@ def compare_settings(checkpoint, path, config, given):
         raise UserError(f'max_iters={config["max_iters"]}: {path} has reached step {checkpoint["iter_num"]}')
     return taken, {name: (then[name], now) for name, now in config.items()
                    if name in then and then[name] != now and name not in model | {'out_dir', 'init_from'}}
+
+
+def resume(path, config, given):
+    """The checkpoint at path, for a run that continues it: config, {name: value}, takes its model's settings, and what differs
+    is printed. given: the settings that the user set. Raises UserError for one that can't take effect."""
+    saved = load(path, resume=True)
+    taken, changed = compare_settings(saved, path, config, given)
+    config.update(taken)
+    if taken:
+        print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
+    if changed:
+        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+    return saved
 
 
 def restore_optimizers(model, optimizers, state):

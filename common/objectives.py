@@ -132,3 +132,22 @@ def token_weights(targets, device):
 def weighted(loss, weight):
     """loss * weight, 0 for a micro-batch without scored tokens, where the loss is NaN."""
     return torch.where(weight == 0, 0, loss * weight)
+
+
+def log_probs(model, x, y):
+    """The log-probability in nats of each row's tokens with y != -1, (B,) float32, of x, y: (B, T) int64 each."""
+    logits, _ = model(x, y)  # (B, T, V)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction='none')
+    return -losses.view(y.shape).sum(dim=1)
+
+
+def preference_loss(policy, reference, beta, kind='dpo'):
+    """(losses, reward margins), (B,) float32 each, of log_probs (2, B) of the chosen and the rejected answers by the model that
+    is trained and by the one that it started from.
+
+    'dpo': equation 7 of Rafailov et al. 2023, arXiv:2305.18290. 'ipo': equation 17 of Azar et al. 2023, arXiv:2310.12036,
+    whose tau is beta.
+    """
+    chosen, rejected = policy - reference
+    h = chosen - rejected
+    return -F.logsigmoid(beta * h) if kind == 'dpo' else (h - 1 / (2 * beta))**2, beta * h

@@ -1,7 +1,6 @@
 """From conversations to a model that answers: packing, masks, documents apart, finetuning, resume, processes, export."""
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
