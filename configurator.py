@@ -45,16 +45,16 @@ RANGES = (
     (0, 2**63 - 1, 'seed'),
     (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature '
               'lora_alpha'),
-    (TINY, HUGE, 'rope_theta norm_eps adam_eps repetition_penalty dist_timeout teacher_temperature'),
+    (TINY, HUGE, 'beta rope_theta norm_eps adam_eps repetition_penalty dist_timeout teacher_temperature'),
     (0, 1 - 2**-53, 'dropout beta1 beta2'),
     (TINY, 1, 'wsd_decay mfu top_p'),
     (0, 1, 'min_p teacher_weight'),
 )
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
-           'objective': ('next_token', 'mlm')}
+           'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo')}
 PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
-         'data_files')
+         'data_files', 'pairs', 'val_pairs')
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
 
@@ -111,7 +111,7 @@ def check_ranges(config, defaults):
     for name, value in config.items():
         low, high = ranges.get(name, (-math.inf, math.inf))
         if value != defaults[name] and type(value) in (int, float) and not low <= value <= high:
-            bounds = [f'{"above 0" if low == TINY else f"at least {low}"}'] * (low > -math.inf)
+            bounds = ['above 0' if low == TINY else f'at least {low}'] * (low > -math.inf)
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
         if name in CHOICES and value not in CHOICES[name]:

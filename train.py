@@ -200,13 +200,7 @@ def get_model():
     if not path:
         model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
         return lora.add(model, lora_rank, lora_alpha), vocabulary, None, ''
-    saved = checkpoint.load(path, resume=True)
-    taken, changed = checkpoint.compare_settings(saved, path, config, given)
-    config.update(taken)
-    if taken:
-        print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
-    if changed:
-        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+    saved = checkpoint.resume(path, config, given)
     return checkpoint.model_from(saved, dropout=dropout), saved['tokenizer'], saved, path
 
 
@@ -367,12 +361,7 @@ def claim_out_dir():
     global run_log
     if run_log or not saving:
         return
-    if not resumed_path or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
-        log.archive_previous_run(out_dir)
-    else:
-        if resumed_path != ckpt_path:
-            log.archive_previous_run(out_dir, after=first)
-        log.rewind(log_path, first)
+    log.archive_or_rewind(out_dir, resumed_path, first)
     checkpoint.keep_tokenizer(tokenizer, out_dir)
     run_log = log.Log(log_path, started)
     for entry in entries:

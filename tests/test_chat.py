@@ -1,17 +1,16 @@
 """From conversations to a model that answers: packing, masks, documents apart, finetuning, resume, processes, export."""
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, losses, needs_gpt2, read_log, run
+from conftest import TINY, losses, read_log, run
 from torch.nn.attention.flex_attention import create_block_mask
 
 import data.prepare
-from common import distributed, objectives
+from common import objectives
 from common.checkpoint import pretrained
 from common.generate import Conversation
 from data.conversation import best_fit, chat_tokenizer, encode, prepare_conversations
@@ -19,7 +18,6 @@ from data.dataset import Split, verify
 from data.errors import UserError
 from data.loader import Loader
 from data.prepare import corpus_of
-from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 T = 64
@@ -546,7 +544,7 @@ def test_a_rehearsal_knows_the_new_tokens_and_the_blocks(base, chat, tmp_path):
     from conftest import ROOT
     config = settings_of(ROOT / 'train.py') | {'init_from': str(base), 'dataset': str(chat), 'block_size': 128, 'device': 'cpu',
                                                'out_dir': str(tmp_path)}
-    gpt, _ = rehearse.check_model(config, None, BYTES)
+    gpt, _ = rehearse.check_model(config, BYTES)
     assert gpt.vocab_size == 259 and gpt.n_embd == 32
     args = rehearse.narrow(config | {'block_size': 512}, GPTConfig(**{**vars(gpt), 'block_size': 512}), 1, 0, tmp_path)
     assert not any(arg.startswith('--block_size') for arg in args)  # 256 would not fit packed blocks

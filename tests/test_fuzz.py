@@ -32,6 +32,7 @@ from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files
 from data.loader import Loader
+from data.pairs import read_pairs
 from data.tokenizer import get_tokenizer
 from train_tokenizer import train
 
@@ -203,6 +204,11 @@ def read_texts(path):
     read(False)
 
 
+def read_preferences(path):
+    pairs, _ = read_pairs(str(path), get_tokenizer('bytes+chatml'), 512)
+    assert all(len(ids) == len(scored) <= 513 and scored.any() for pair in pairs for ids, scored in pair)
+
+
 def parquet():
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({'text': TEXTS}), file)
@@ -233,6 +239,8 @@ CHARACTERS = ''.join(sorted(set(''.join(TEXTS)) | {'a'}))
 META = pickle.dumps({'vocab_size': len(CHARACTERS), 'itos': dict(enumerate(CHARACTERS)),
                      'stoi': {char: i for i, char in enumerate(CHARACTERS)}})
 CSV = ('id,text\n' + ''.join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))).encode()
+PAIRS = ''.join(json.dumps({'prompt': text, 'chosen': [{'role': 'assistant', 'content': 'a'}], 'rejected': 'b'}) + '\n'
+                for text in TEXTS)
 TALKS = ''.join(json.dumps(row) + '\n' for text in TEXTS for row in (
     {'prompt': text, 'completion': text}, {'conversations': [{'from': 'human', 'value': text}, {'from': 'gpt', 'value': 'a'}]},
     {'messages': [{'role': 'system', 'content': 'a'}, {'role': 'user', 'content': text}]}))
@@ -258,6 +266,10 @@ SETTINGS = {
         'block_size': 8, 'stride': 4, 'batch_size': 2, 'device': 'cpu', 'dtype': 'float32'},
     'hellaswag.py': {'out_dir': 'DATA', 'init_from': 'resume', 'data': 'DATA', 'limit': 1, 'batch_tokens': 9,
         'device': 'cpu', 'dtype': 'float32', 'out': ''},
+    'dpo.py': {'out_dir': 'DATA', 'init_from': 'resume', 'pairs': '', 'val_pairs': '', 'loss': 'ipo', 'beta': 0.1,
+        'eval_interval': 9, 'log_interval': 1, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'optimizer': 'adamw',
+        'learning_rate': 0.001, 'warmup_iters': 1, 'max_iters': 9, 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95,
+        'grad_clip': 1.0, 'lora_rank': 0, 'parallel': 'ddp', 'device': 'cpu', 'dtype': 'float32', 'compile': False, 'seed': 1},
     'export.py': {'out_dir': 'DATA', 'init_from': 'resume', 'folder': '', 'dtype': 'float32', 'html': '',
         'html_dtype': 'int8'}
 }
@@ -315,6 +327,7 @@ CASES = [  # (name, make, read)
     ('csv', make_file('a.csv', CSV), read_texts),
     ('parquet', make_file('a.parquet', parquet()), read_texts),
     ('txt', make_file('a.txt', '\n\n'.join(TEXTS).encode()), read_texts),
+    ('pairs', make_file('pairs.jsonl', PAIRS.encode()), read_preferences),
     ('hellaswag', make_file('items.jsonl', ITEMS.encode()), read_items),
     *((f'tokenizer.json, {kind}', make_tokenizer(kind), read_tokenizer) for kind in ('bpe', 'wordpiece', 'unigram')),
     ('meta.pkl', make_file('meta.pkl', META), read_tokenizer),

@@ -20,7 +20,6 @@ tokenizer = 'bytes'  # or 'gpt2'
 out_dir = ''  # the dataset's folder; empty: the one of this script
 shard_size = 100_000_000  # tokens
 num_proc = 0  # workers; 0: one per core
-configure(globals())
 
 SKIP = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'idle_test',  # not the library itself
         'encodings'}  # tables, more than text
@@ -41,9 +40,12 @@ files = sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py')
 if not files:
     raise UserError(f'{root} has no .py files: this Python comes without its source')
 held_out = files[::20]
-prepare(out_dir or Path(__file__).parent,
-        train=corpus_of(lambda: (read(root / file) for file in files if file not in set(held_out))),
-        val=corpus_of(lambda: (read(root / file) for file in held_out)),
-        tokenizer=tokenizer, shard_size=shard_size, num_proc=num_proc,
-        source={'dataset': "Python's standard library", 'version': platform.python_version(),
-                'files': {file: (root / file).stat().st_size for file in files}})
+
+if __name__ == '__main__':
+    configure(globals())
+    prepare(out_dir or Path(__file__).parent,
+            train=corpus_of(lambda: (read(root / file) for file in files if file not in set(held_out))),
+            val=corpus_of(lambda: (read(root / file) for file in held_out)),
+            tokenizer=tokenizer, shard_size=shard_size, num_proc=num_proc,
+            source={'dataset': "Python's standard library", 'version': platform.python_version(),
+                    'files': {file: (root / file).stat().st_size for file in files}})
