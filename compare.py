@@ -24,11 +24,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from configurator import UserError, configure, override, settings_of
+from configurator import UserError, configure, given, override, settings_of
 
 import numpy as np
 
-import configurator
 import plot
 from common import log
 
@@ -40,8 +39,6 @@ out_dir = 'out-compare'  # for the runs' folders and the picture
 
 ROOT = Path(__file__).resolve().parent
 LOOKS = {3: 9.925, 5: 3.495, 10: 3.250, 20: 3.174}  # seeds: Student's t for this look's error, both sides together
-
-
 running = []  # the processes of runs
 
 
@@ -204,7 +201,7 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
 if __name__ == '__main__':
     texts = []
     configure(globals(), base='train.py', positional=texts)
-    common = [arg for name, arg in configurator.given.items() if name not in ('seeds', 'jobs', 'out_dir')]
+    common = [arg for name, arg in given.items() if name not in ('seeds', 'jobs', 'out_dir')]
     if len(texts) != 2:
         raise UserError('compare.py takes two configurations, as in: python compare.py config/a.py config/b.py')
     if seeds not in LOOKS:

@@ -111,7 +111,7 @@ def check_ranges(config, defaults):
     for name, value in config.items():
         low, high = ranges.get(name, (-math.inf, math.inf))
         if value != defaults[name] and type(value) in (int, float) and not low <= value <= high:
-            bounds = [f'{"above 0" if low == TINY else f"at least {low}"}'] * (low > -math.inf)
+            bounds = ['above 0' if low == TINY else f'at least {low}'] * (low > -math.inf)
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
         if name in CHOICES and value not in CHOICES[name]:

@@ -1,14 +1,14 @@
 """
-How well a GPT predicts a dataset: loss, perplexity and bits per byte of its validation split. Of a masked language model:
-its accuracy and pseudo-perplexity.
+How well a GPT predicts a dataset: loss, perplexity and bits per byte of its validation split. Of a masked language
+model: its accuracy and pseudo-perplexity.
 
 Your own checkpoint:                            python evaluate.py --out_dir=out --dataset=stdlib
 GPT-2 as its paper and others measure it:       python evaluate.py config/eval_gpt2_wikitext2.py
 
 Text longer than the context is read through a window that moves by `stride` tokens; each token is scored once, with at
 least block_size - stride tokens before it (except in the first window). A small stride gives every token much context
-and takes long; stride = block_size cuts the text into blocks, as train.py's evaluation does. A masked language model reads
-each block once for each of its tokens, which takes long: max_tokens=10000 gives a first idea.
+and takes long; stride = block_size cuts the text into blocks, as train.py's evaluation does. A masked language model
+reads each block once for each of its tokens, which takes long: max_tokens=10000 gives a first idea.
 """
 
 import math

@@ -150,7 +150,8 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
 if __name__ == '__main__':
     configure(globals())
     if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # before the work
-        raise UserError(f'out={out} cannot be written: {"it exists" if os.path.exists(out) else "there is no such folder"}')
+        why = 'it exists' if os.path.exists(out) else 'there is no such folder'
+        raise UserError(f'out={out} cannot be written: {why}')
     items = load_items(data, limit)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)

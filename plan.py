@@ -65,7 +65,8 @@ def memory(model, config, gpus):
     n, n_hidden = sum(sizes.values()), sum(math.prod(shape) for shape in hidden)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # with lora_rank, the adapters
     shards = {'ddp': 1, 'zero1': gpus, 'fsdp': gpus // config['replicas']}[layout]
-    parts = {'weights': 4 * n / shards, 'gradients': 4 * trained / shards, 'optimizer': (8 * trained - 4 * n_hidden) / shards}
+    parts = {'weights': 4 * n / shards, 'gradients': 4 * trained / shards,
+             'optimizer': (8 * trained - 4 * n_hidden) / shards}
     b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
     if layout == 'zero1':
         parts['gathered'] = 4 * (n + trained)  # weights and gradients are whole from the first micro-batch to the last
@@ -99,19 +100,17 @@ def remedy(model, config, gpus, room):
     def fits():
         return sum(memory(model, config | changes, gpus).values()) <= room
 
-    for name, value in (('batch_size', None), ('activation_checkpointing', True), ('parallel', 'zero1'),
-                        ('parallel', 'fsdp'), ('cpu_offload', True)):
-        while name == 'batch_size' and not fits() and (config | changes)[name] % 2 == 0:
-            changes[name] = (config | changes)[name] // 2  # each step then has twice as many micro-batches
-            if steps := config['gradient_accumulation_steps']:
-                changes['gradient_accumulation_steps'] = steps * config[name] // changes[name]
-        if fits():
-            return ' '.join(f'--{k}={v}' for k, v in changes.items())
-        if name == 'parallel' and (gpus == 1 or config[name] == 'fsdp'):
-            continue
-        if name == 'cpu_offload' and (config | changes)['parallel'] != 'fsdp':
-            continue
-        if value:
+    while not fits() and (config | changes)['batch_size'] % 2 == 0:
+        changes['batch_size'] = (config | changes)['batch_size'] // 2  # each step then has twice as many micro-batches
+        if steps := config['gradient_accumulation_steps']:
+            changes['gradient_accumulation_steps'] = steps * config['batch_size'] // changes['batch_size']
+    more = [('activation_checkpointing', True)]
+    if gpus > 1 and config['parallel'] != 'fsdp':
+        more += ('parallel', 'zero1'), ('parallel', 'fsdp')
+    if gpus > 1 or config['parallel'] == 'fsdp':
+        more += ('cpu_offload', True),
+    for name, value in more:
+        if not fits():
             changes[name] = value
     return ' '.join(f'--{k}={v}' for k, v in changes.items()) if fits() else None
 
@@ -121,9 +120,10 @@ def report(config):
     if config['init_from'] not in ('scratch', 'auto', 'resume'):
         raise ValueError(f'init_from={config["init_from"]} has sizes of its own, which the plan does not know: give '
                          '--init_from=scratch, and them as n_layer, n_head and n_embd')
-    distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'], config['sharded_checkpoints'],
-                             planned=config['gpus'])
-    model, gpus = empty_model(config), config['gpus']
+    gpus = config['gpus']
+    distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'],
+                             config['sharded_checkpoints'], planned=gpus)
+    model = empty_model(config)
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
@@ -138,7 +138,7 @@ def report(config):
         f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
-        f'loss to expect        {chinchilla:.2f} by Chinchilla\'s fit, {kaplan:.2f} by Kaplan\'s law, in nats per token',
+        f"loss to expect        {chinchilla:.2f} by Chinchilla's fit, {kaplan:.2f} by Kaplan's law, in nats per token",
         '                      (each for the text and the tokenizer of its paper)', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),

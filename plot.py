@@ -14,7 +14,7 @@ from configurator import UserError, configure
 
 import numpy as np
 
-from common import log
+from common import files, log
 
 # -----------------------------------------------------------------------------
 x = 'tokens'  # the horizontal axis: 'tokens', 'steps', or 'time' spent in training steps
@@ -150,13 +150,11 @@ def curves(folders, *paths, x='tokens', labels=None):
     figure.legend(handles.values(), handles, loc='upper left', bbox_to_anchor=(0.04, 1), ncols=columns, frameon=False,
                   fontsize=9)
     for path in map(Path, paths):
-        temporary = path.with_name(f'{path.stem}.{os.getpid()}{path.suffix}')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, dpi=150)
-            os.replace(temporary, path)
+            with files.atomic_write(path) as f:
+                figure.savefig(f, dpi=150, format=path.suffix[1:])
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(f'{path} could not be written: {error.strerror}') from None
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
@@ -102,15 +102,14 @@ def check_tokenizer(data):
     return tokenizer, f'{tokenizer.name}, {tokenizer.vocab_size:,} ids'
 
 
-def check_model(config, data, tokenizer):
+def check_model(config, tokenizer):
     """Found: the run's GPTConfig."""
     source, path = config['init_from'], os.path.join(config['out_dir'], checkpoint.NAME)
     if source == 'auto':
         source = 'resume' if os.path.exists(path) else 'scratch'
     vocabulary = tokenizer.name
     if source == 'scratch':
-        gpt = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config},
-                        vocab_size=data.vocab_size)
+        gpt = plan.empty_model(config).config
     elif path := checkpoint.resume_path(source, config['out_dir']):
         saved = checkpoint.load(path, resume=True)
         checkpoint.compare_settings(saved, path, config, given)
@@ -151,7 +150,7 @@ def check_disk(config, gpt):
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = 'may not be written' if there.is_dir() else 'is a file'
         raise UserError(f'out_dir={config["out_dir"]} cannot be written: {there} {why}; choose another')
-    # ckpt.pt, ckpt_best.pt, one that is being written; of the numbered ones the oldest goes when the newest is there
+    # ckpt.pt, ckpt_best.pt and one being written; of the numbered ones the oldest goes when the newest is there
     count = 0 if config['eval_only'] else 3 + (keep + 1 if keep else 0)
     free = shutil.disk_usage(there).free
     if config['init_from'] in ('resume', 'auto'):  # the run's own checkpoints are replaced
@@ -252,7 +251,8 @@ def train(config, command, folder):
     entries = [] if config['eval_only'] else log.read(folder / 'out' / 'log.jsonl')
     for entry in entries:
         if entry.get('loss', 0) is None:
-            raise UserError(f'the loss of step {entry["step"]} is not finite: lower learning_rate, or raise warmup_iters')
+            raise UserError(f'the loss of step {entry["step"]} is not finite: '
+                            'lower learning_rate, or raise warmup_iters')
     seconds = time.monotonic() - began
     return entries, f'{seconds:.0f} s to the first checkpoint ({config["parallel"]}, {config["optimizer"]})'
 
@@ -298,7 +298,7 @@ def before_training(table, config, processes, folder):
     step = table.check('settings', check_settings, config, processes)
     data = table.check('data', check_data, config, step or config['total_batch_size'])
     tokenizer = table.check('tokenizer', check_tokenizer, data)
-    gpt = table.check('model', check_model, config, data, tokenizer)
+    gpt = table.check('model', check_model, config, tokenizer)
     table.check('memory', check_memory, config, gpt, processes)
     table.check('disk', check_disk, config, gpt)
     items = table.check('hellaswag', check_hellaswag, config, tokenizer, gpt)
@@ -318,9 +318,8 @@ def while_training(table, config, gpt, command, folder):
 def rehearse(config, arguments, processes):
     """Print the table of a run with these settings, given as `arguments` on train.py's command line. Returns the names
     of the checks that it failed."""
-    table, launcher = Table(), []
-    if processes > 1 or config['parallel'] != 'ddp':
-        launcher = distributed.torchrun(processes)
+    table = Table()
+    launcher = distributed.torchrun(processes) if processes > 1 or config['parallel'] != 'ddp' else []
     with tempfile.TemporaryDirectory(prefix='rehearse-', ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
         gpt, items = before_training(table, config, processes, folder)

@@ -65,7 +65,7 @@ def draw(loader, count):
 
 def steps_read(out_dir):
     """Yield (Loader, step, dataset, start) for the steps of a run, CHUNK blocks at a time: `step`, `dataset` and
-    `start` are (n,) int64, for each block the step that read it, which of the Loader's datasets, and its first token."""
+    `start` are (n,) int64, for each block the step that read it, which of the Loader's datasets, its first token."""
     for loader, first, last, blocks in starts(out_dir):
         for step in range(first, last + 1, max(1, CHUNK // blocks)):
             steps = np.arange(step, min(step + max(1, CHUNK // blocks), last + 1)).repeat(blocks)

@@ -53,16 +53,6 @@ class Run:
         return 6 * self.n * self.d
 
 
-def numbers(text, setting, kind=float, between=','):
-    """The numbers of a comma-separated setting; those with `between` in them as tuples."""
-    try:
-        values = [tuple(kind(part) for part in item.split(between)) if between != ',' else kind(item)
-                  for item in text.split(',') if item.strip()]
-    except ValueError:
-        raise UserError(f'{setting}={text} is not a comma-separated list such as {globals()[setting] or "1e8:2e9"}') from None
-    return values
-
-
 def read_run(folder):
     """(Run, train.py's settings) of a finished run, from its log. Raises UserError for one that isn't finished, or
     didn't start from scratch."""
@@ -73,8 +63,8 @@ def read_run(folder):
         raise UserError(f'{folder}: its log has no settings or no validation loss')
     config = starts[-1]['config']
     if scores[-1]['step'] < config['max_iters']:
-        raise UserError(f'{folder} stopped at step {scores[-1]["step"]} of {config["max_iters"]}, and only the loss at the '
-                        'end of a schedule is on the curve: finish it with --init_from=resume')
+        raise UserError(f'{folder} stopped at step {scores[-1]["step"]} of {config["max_iters"]}, and only the loss at '
+                        'the end of a schedule is on the curve: finish it with --init_from=resume')
     if starts[0]['config']['init_from'] not in ('scratch', 'auto'):
         raise UserError(f'{folder} started from {starts[0]["config"]["init_from"]}: a scaling law is of models trained '
                         'from scratch')
@@ -84,6 +74,10 @@ def read_run(folder):
 
 def train_grid(settings):
     """[(Run, settings)] of the grid, each run finished by train.py if it isn't yet. settings: train.py's."""
+    try:
+        counts = [int(count) for count in steps.split(',') if count.strip()]
+    except ValueError:
+        raise UserError(f'steps={steps} is not a comma-separated list such as 75,150,300') from None
     jobs = []
     for size in sizes.split(','):
         try:
@@ -92,13 +86,14 @@ def train_grid(settings):
             raise UserError(f'sizes={sizes}: {size} is not layers x channels, such as 4x128') from None
         if width % grid_head_size:
             raise UserError(f'sizes={sizes}: {width} channels are no multiple of grid_head_size={grid_head_size}')
-        for count in numbers(steps, 'steps', int):
+        for count in counts:
             shape = dict(n_layer=layers, n_embd=width, n_head=width // grid_head_size)
             end = dict(max_iters=count, lr_decay_iters=0, eval_interval=count, sample_interval=0, hellaswag_interval=0)
             jobs.append((layers * width**2 * count, f'{out_dir}/{layers}x{width}-{count}', settings | shape | end))
     found = []
     for i, (_, folder, wanted) in enumerate(sorted(jobs, key=lambda job: job[0])):
-        arguments = [f'--{name}={value}' for name, value in wanted.items() if name not in ('seed', 'out_dir', 'init_from')]
+        arguments = [f'--{name}={value}' for name, value in wanted.items()
+                     if name not in ('seed', 'out_dir', 'init_from')]
         compare.train(Path(folder), arguments, wanted, wanted['seed'])
         run, config = read_run(folder)
         print(f'{i + 1}/{len(jobs)} {describe(run)} | loss {run.loss:.4f}', flush=True)
@@ -116,68 +111,68 @@ def short(x):
     return f'{x / 1000**power:.3g}{" kMBT"[power].strip()}'
 
 
-def bounds(samples, level=0.9):
-    """(low, high) between which that part of the samples lies."""
-    return samples.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+def bounds(samples):
+    """(low, high) between which 90% of the samples lie."""
+    return samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
 
 
 def draw(path, fitted, unseen, law, predictions):
     """Three panels of loss: against compute with the frontier, against parameters, against tokens."""
     from matplotlib import colormaps, ticker
     from matplotlib.figure import Figure
-    everything = fitted + unseen
-    counts = sorted({run.n for run in everything})
+    shown = fitted + unseen
+    counts, tokens = sorted({run.n for run in shown}), sorted({run.d for run in shown})
     color = {n: colormaps[COLORS](0.88 - 0.88 * i / max(1, len(counts) - 1)) for i, n in enumerate(counts)}
     marker = {n: MARKERS[i % len(MARKERS)] for i, n in enumerate(counts)}
     figure = Figure(figsize=(8, 3.9), layout='constrained')
-    axes = figure.subplots(1, 3, sharey=True)
-    frontier, limit = dict(color='black', linestyle='--', linewidth=1.4), dict(color='0.35', linestyle=':', linewidth=1.4)
+    by_flops, by_n, by_d = axes = figure.subplots(1, 3, sharey=True)
 
-    def line(values):
-        return torch.logspace(math.log10(min(values) / 1.3), math.log10(max(values) * 1.3), 100, dtype=torch.float64)
+    def span(low, high):
+        return torch.logspace(math.log10(low / 1.3), math.log10(high * 1.3), 100, dtype=torch.float64)
 
-    for panel, axis, label in zip(('flops', 'n', 'd'), axes, ('compute 6ND (FLOPs)', 'parameters N', 'training tokens D')):
-        values = [getattr(run, panel) for run in everything]
-        x = line(values + [min(values) / 2.5] if panel == 'n' else values)  # room for the labels of its lines
-        if panel == 'flops':
-            axis.plot(x, law.loss(*law.optimum(x)), **frontier, label='frontier')
-        else:
-            axis.plot(x, law.loss(x, math.inf) if panel == 'n' else law.loss(math.inf, x), **limit,
-                      label='limit of endless D, or N' if panel == 'n' else None)
-        if panel == 'n':
-            for d in sorted({run.d for run in everything}):
-                axis.plot(x, law.loss(x, d), color='0.75', linewidth=0.9, zorder=1)
-                axis.annotate(f'D = {short(d)}', (x[4], law.loss(x[4], d)), xytext=(0, 4), textcoords='offset points',
-                              fontsize=7, color='0.3')
-        for n in counts:
-            if panel != 'n':
-                d = line([run.d for run in everything])
-                axis.plot(6 * n * d if panel == 'flops' else d, law.loss(n, d), color=color[n], linewidth=1, zorder=1)
-            points = [run for run in fitted if run.n == n]
-            axis.plot([getattr(run, panel) for run in points], [run.loss for run in points], marker[n], color=color[n],
-                      markersize=5, label=f'N = {short(n)}' if panel == 'd' else None)
-        for run, (expected, low, high) in zip(unseen, predictions):
-            at = getattr(run, panel)
+    flops = span(min(run.flops for run in shown), max(run.flops for run in shown))
+    n, d = span(counts[0] / 2.5, counts[-1]), span(tokens[0], tokens[-1])  # room for the labels of the lines over n
+    limit = dict(color='0.35', linestyle=':', linewidth=1.4)
+    by_flops.plot(flops, law.loss(*law.optimum(flops)), color='black', linestyle='--', linewidth=1.4, label='frontier')
+    by_n.plot(n, law.loss(n, math.inf), **limit, label='limit of endless D, or N')
+    by_d.plot(d, law.loss(math.inf, d), **limit)
+    for count in tokens:
+        by_n.plot(n, law.loss(n, count), color='0.75', linewidth=0.9, zorder=1)
+        by_n.annotate(f'D = {short(count)}', (n[4], law.loss(n[4], count)), xytext=(0, 4), textcoords='offset points',
+                      fontsize=7, color='0.3')
+    for count in counts:
+        by_flops.plot(6 * count * d, law.loss(count, d), color=color[count], linewidth=1, zorder=1)
+        by_d.plot(d, law.loss(count, d), color=color[count], linewidth=1, zorder=1)
+
+    labels = 'compute 6ND (FLOPs)', 'parameters N', 'training tokens D'
+    for name, axis, label in zip(('flops', 'n', 'd'), axes, labels):
+        for count in counts:
+            points = [run for run in fitted if run.n == count]
+            axis.plot([getattr(run, name) for run in points], [run.loss for run in points], marker[count],
+                      color=color[count], markersize=5, label=f'N = {short(count)}' if axis is by_d else None)
+        for run, (_, low, high) in zip(unseen, predictions):
+            at = getattr(run, name)
             axis.plot([at, at], [low, high], '_-', color='#D55E00', linewidth=1.5, markersize=10, markeredgewidth=1.5,
-                      label='90% interval of a run held out' if run is unseen[0] and panel == 'd' else None)
+                      label='90% interval of a run held out' if run is unseen[0] and axis is by_d else None)
             axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
         axis.set_xscale('log')
         axis.set_yscale('log')
+        values = [getattr(run, name) for run in shown]
         wide = max(values) > 30 * min(values)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-        if panel != 'flops':
+        if axis is not by_flops:
             axis.xaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(label, fontsize=9)
         axis.tick_params(which='both', labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
-    losses = [run.loss for run in everything]
-    axes[0].set_ylim(min(losses) / 1.08, max(losses) * 1.15)
-    axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
-    axes[0].yaxis.set_major_formatter('{x:.3g}')
-    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes[0].set_ylabel('validation loss (nats per token)', fontsize=9)
+    losses = [run.loss for run in shown]
+    by_flops.set_ylim(min(losses) / 1.08, max(losses) * 1.15)
+    by_flops.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    by_flops.yaxis.set_major_formatter('{x:.3g}')
+    by_flops.yaxis.set_minor_formatter(ticker.NullFormatter())
+    by_flops.set_ylabel('validation loss (nats per token)', fontsize=9)
     figure.legend(loc='outside upper center', ncols=4, frameon=False, fontsize=8)
     save(path, lambda f: figure.savefig(f, dpi=200, format=Path(path).suffix[1:]))
 
@@ -194,9 +189,10 @@ def save(path, write):
 def main():
     known = settings_of(TRAIN)
     given = configure(globals(), 'train.py')
-    targets = numbers(predict, 'predict', between=':')
-    if any(len(target) != 2 for target in targets):
-        raise UserError(f'predict={predict} is not parameters:tokens, such as 124e6:10e9')
+    try:
+        targets = [(float(n), float(d)) for n, d in (pair.split(':') for pair in predict.split(',') if pair.strip())]
+    except ValueError:
+        raise UserError(f'predict={predict} is not parameters:tokens, such as 124e6:10e9') from None
     if hold_out < 0 or resamples < 20:
         raise UserError('hold_out must be at least 0 and resamples at least 20')
     if picture:
@@ -233,7 +229,8 @@ def main():
         print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
     if E < 0.01 * min(data[2]):
         print('  E is not told from 0 by these runs: the loss must flatten for that, in longer runs of larger models')
-    print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), Chinchilla\'s 0.46 to 0.50')
+    print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), '
+          "Chinchilla's 0.46 to 0.50")
 
     predictions = [[float(x) for x in laws.predict(law, resampled, noise, run.n, run.d)] for run in unseen]
     for run, (expected, low, high) in zip(unseen, predictions):
@@ -242,10 +239,12 @@ def main():
               f'measured {run.loss:.4f}, {verdict}')
     for n, d in targets:
         expected, low, high = map(float, laws.predict(law, resampled, noise, n, d))
-        print(f'{short(n)} parameters, {short(d)} tokens: {expected:.4f} expected, 90% interval {low:.4f} to {high:.4f}')
+        print(f'{short(n)} parameters, {short(d)} tokens: {expected:.4f} expected, '
+              f'90% interval {low:.4f} to {high:.4f}')
 
     result = {'law': {name: float(value) for name, value in asdict(law).items()}, 'intervals': intervals,
-              'flops': [fitted[0].flops, fitted[-1].flops], 'runs': [asdict(run) for run in found], 'hold_out': hold_out}
+              'flops': [fitted[0].flops, fitted[-1].flops], 'runs': [asdict(run) for run in found],
+              'hold_out': hold_out}
     path = os.path.join(out_dir, 'scaling.json')
     save(path, lambda f: f.write(json.dumps(result, indent=1).encode() + b'\n'))
     written = [path]

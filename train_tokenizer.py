@@ -104,7 +104,8 @@ if __name__ == '__main__':
         write(path, content)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from None
-    print(f'{path.parent}: {tokenizer.vocab_size:,} ids' + ' (the text has no more)' * (tokenizer.vocab_size < vocab_size))
+    fewer = ' (the text has no more)' * (tokenizer.vocab_size < vocab_size)
+    print(f'{path.parent}: {tokenizer.vocab_size:,} ids{fewer}')
     print(f'{bytes_per_token(tokenizer, held_out):.2f} bytes a token in text held out, ', end='')
     try:
         print(f'gpt2 {bytes_per_token(get_tokenizer("gpt2"), held_out):.2f}')

@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import sys
 import zipfile
 import zlib
@@ -26,7 +25,7 @@ import torch
 
 from common import convert, distributed, files, lora
 from common.distributed import print0
-from data.errors import UserError
+from data.errors import UserError, some
 from data.tokenizer import from_record, keep_files
 
 NAME = 'ckpt.pt'  # in out_dir
@@ -67,7 +66,7 @@ writing = None  # the future of the checkpoint that is being written
 def save(checkpoint, out_dir, best=False, keep=0):
     """Start to write out_dir/ckpt.pt in the background, once the previous one is written. All processes call it.
 
-    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step), of which the last `keep` up to this step stay.
+    best: also as ckpt_best.pt. keep: also as ckpt_000250.pt (the step); the last `keep` up to this step stay.
     """
     global writing
     wait()
@@ -112,7 +111,7 @@ def write(checkpoint, out_dir, best, keep):
         if 'shards' in checkpoint:
             folder = out_dir / checkpoint['shards']
             distributed.save_shards(checkpoint.pop('tensors'), folder)
-            sums = distributed.gather_from_writers(own_checksums(folder))
+            sums = distributed.all_gather(own_checksums(folder), distributed.writers)
             if not distributed.master:
                 return True
             checkpoint['crc32'] = {name: crc for part in sums for name, crc in part.items()}
@@ -126,8 +125,9 @@ def write(checkpoint, out_dir, best, keep):
             return False
         if 'shards' in checkpoint:
             shutil.rmtree(folder, ignore_errors=True)
-        previous = f'the previous checkpoint is kept ({out_dir / NAME})' if (out_dir / NAME).exists() else 'there is none yet'
-        print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): {previous}',
+        path = out_dir / NAME
+        print(f'the checkpoint of step {step} could not be written ({files.reason(error)}): '
+              + (f'the previous checkpoint is kept ({path})' if path.exists() else 'there is none yet'),
               file=sys.stderr, flush=True)
         return False
     for _, path in [*files.numbered(out_dir, step)][keep:] if keep else []:
@@ -186,12 +186,13 @@ def load(path, device='cpu', resume=False):
     """
     path = str(path)
     if not os.path.isfile(path):
-        raise UserError(f'no checkpoint {path}: ' + (alternative(path)
-                                                    or 'train first, or set out_dir to the folder that has one'))
+        other = alternative(path) or 'train first, or set out_dir to the folder that has one'
+        raise UserError(f'no checkpoint {path}: {other}')
     if damage := find_damage(path):
-        raise UserError(f'{path} is not a readable checkpoint: {damage}' + (f'; {more}' if (more := alternative(path)) else ''))
-    peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]  # nothing else is let in
-    try:
+        other = alternative(path)
+        raise UserError(f'{path} is not a readable checkpoint: {damage}' + f'; {other}' * bool(other))
+    peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]
+    try:  # no other class is let in
         with torch.serialization.safe_globals(peers):
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -199,9 +200,7 @@ def load(path, device='cpu', resume=False):
                         'values, and these are not loaded, since that could run code') from None
     except Exception as error:  # of a file with other contents than torch.save's: anything
         raise UserError(f'{path} is not a readable checkpoint: {files.reason(error)}') from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds no GPT')
-    if 'tokenizer' not in checkpoint:
+    if not isinstance(checkpoint, dict) or 'tokenizer' not in checkpoint:
         checkpoint = convert.from_peer(checkpoint, path)
     if resume and 'data' not in checkpoint:
         raise UserError(f'{path} holds weights alone, not where a run was: --init_from={path} starts from them')
@@ -226,10 +225,10 @@ def find_damage(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         return damaged and f'the file is damaged ({damaged} has another CRC-32)'
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error) as error:
-        return f'the file is damaged ({files.reason(error)})'
     except OSError as error:
         return files.reason(error)
+    except Exception as error:  # zipfile's and zlib's
+        return f'the file is damaged ({files.reason(error)})'
 
 
 def alternative(path):
@@ -238,7 +237,7 @@ def alternative(path):
     archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
                       key=lambda path: -int(path.name.split('.')[0]))
     for other in *(path for _, path in files.numbered(folder)), *archived:
-        if str(other) != str(Path(path)) and not find_damage(other):
+        if other != Path(path) and not find_damage(other):
             return f'--init_from=resume:{other} takes the newest whole one'
     return ''
 
@@ -247,12 +246,15 @@ def check_entries(checkpoint, path, resume):
     """Raise UserError unless a checkpoint's entries are there, and of their types."""
     def expect(ok, entry, what):
         if not ok:
-            raise UserError(f'{path}: {entry} is not {what}' if entry.split('[')[0] in checkpoint else f'{path} has no {entry}')
+            raise UserError(f'{path}: {entry} is not {what}' if entry in checkpoint else f'{path} has no {entry}')
 
     def is_a(kind, *names):
         for name in names:
             value = checkpoint.get(name)
             expect(isinstance(value, kind) and not isinstance(value, bool), name, f'of type {kind.__name__}')
+
+    def all_are(kinds, values):
+        return all(isinstance(x, kinds) for x in values)
 
     todo = [*checkpoint.items()]
     while todo:
@@ -262,30 +264,31 @@ def check_entries(checkpoint, path, resume):
             raise UserError(f'{path}: {name} holds a tensor that is not dense')
         todo += [(name, y) for y in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ())]
     is_a(dict, 'model', 'model_args')
-    is_a(str, 'tokenizer', *['tokenizer_sha256'] * ('tokenizer_sha256' in checkpoint))
+    is_a(str, 'tokenizer', *{'tokenizer_sha256'} & checkpoint.keys())
     if 'shards' in checkpoint:
         expect(isinstance(checkpoint['shards'], str) and SHARDS.fullmatch(checkpoint['shards']), 'shards',
                'the name of a folder beside it, such as shards_000000')
-        checkpoint.setdefault('optimizer', {'state': {}})
+    if resume or 'shards' in checkpoint:  # add_shards fills it
         is_a(dict, 'optimizer')
-        expect(isinstance(checkpoint['optimizer'].get('state'), dict), 'optimizer', 'of the form {state, param_groups}')
+        state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
+        expect(isinstance(state, dict) and all_are(dict, state.values()) and isinstance(groups, list)
+               and all_are(dict, groups) and all_are(list, (group.get('params') for group in groups)), 'optimizer',
+               'of the form {state, param_groups}')
     if not resume:
         return
-    is_a(dict, 'optimizer', 'data', 'config', 'scaler')
+    is_a(dict, 'data', 'config', 'scaler')
     is_a(list, 'random')
     is_a(int, 'iter_num', 'skipped')
     expect(checkpoint['iter_num'] >= 0, 'iter_num', 'a step')
-    expect(all(isinstance(x, (bool, int, float, str)) for x in checkpoint['config'].values()), 'config', 'a run\'s settings')
+    expect(all_are((bool, int, float, str), checkpoint['config'].values()), 'config', "a run's settings")
     is_a(numbers.Real, 'best_val_loss')
     for name in 'losses', 'norms':  # of the last steps
-        expect(isinstance(past := checkpoint.get(name, []), list) and all(isinstance(x, float) for x in past), name,
-               'a list of floats')
-    expect(all(isinstance(state, dict) and all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in state.values())
-               and 'cpu' in state for state in checkpoint['random']), 'random', 'a list of random number generators\' states')
-    state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
-    expect(isinstance(state, dict) and all(isinstance(x, dict) for x in state.values()) and isinstance(groups, list)
-           and all(isinstance(group, dict) and isinstance(group.get('params'), list) for group in groups), 'optimizer',
-           'of the form {state, param_groups}')
+        past = checkpoint.get(name, [])
+        expect(isinstance(past, list) and all_are(float, past), name, 'a list of floats')
+    random = checkpoint['random']
+    expect(all_are(dict, random) and all('cpu' in states for states in random)
+           and all(getattr(x, 'dtype', None) == torch.uint8 for states in random for x in states.values()), 'random',
+           "a list of random number generators' states")
 
 
 def check_weights(checkpoint, path):
@@ -309,16 +312,18 @@ def check_weights(checkpoint, path):
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f'{path}: its model_args make no model: {files.reason(error)}') from None
     problems = []
-    if new := expected.keys() - weights.keys():
+    if new := [name for name in expected if name not in weights]:
         problems.append(f'model.py has {some(new)}, which the checkpoint lacks')
-    if gone := weights.keys() - expected.keys():
+    if gone := [name for name in weights if name not in expected]:
         problems.append(f'the checkpoint has {some(gone)}, which model.py lacks')
     if other := [f'{name} {tuple(weights[name].shape)} instead of {tuple(w.shape)}' for name, w in expected.items()
                  if name in weights and weights[name].shape != w.shape]:
         problems.append(f'the checkpoint has {some(other)}')
     if problems:
         raise UserError(f'{path} does not fit model.py: {"; ".join(problems)}')
-    check_finite(weights, path)
+    bad = [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]  # a sum is quicker
+    if bad:
+        raise UserError(f'{path}: {some(bad)} has values that are not finite')
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
@@ -329,24 +334,12 @@ def check_weights(checkpoint, path):
             raise UserError(f'{path}: a part of its optimizer\'s state is missing')
 
 
-def check_finite(weights, path):
-    """Raise UserError that names the weights with NaN or infinity."""
-    if bad := [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]:  # a sum is quicker
-        raise UserError(f'{path}: {some(bad)} has values that are not finite')
-
-
-def some(names):
-    """The first three names and how many more there are."""
-    names = sorted(map(str, names))
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-
-
 def compare_settings(checkpoint, path, config, given):
     """What a resumed run's settings are, beside those that the checkpoint was written with.
 
-    config: {name: value} of this run; given: {name: where} of those that the user set. Returns (taken, changed): the model's
-    settings that come from the checkpoint instead, {name: value}, and the settings that take effect from here on,
-    {name: (then, now)}. Raises UserError for one that can't take effect.
+    config: {name: value} of this run; given: {name: where} of those that the user set. Returns (taken, changed): the
+    model's settings that come from the checkpoint instead, {name: value}, and the settings that take effect from here
+    on, {name: (then, now)}. Raises UserError for one that can't take effect.
     """
     from model import GPTConfig
     then, fixed = checkpoint['config'], asdict(GPTConfig(**checkpoint['model_args']))
@@ -362,7 +355,8 @@ def compare_settings(checkpoint, path, config, given):
     if wrong := [name for name in taken if name in given]:
         raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}')
     if then.get('optimizer', config['optimizer']) != config['optimizer']:
-        raise UserError(f'{path} has the state of {then["optimizer"]}: --init_from={path} starts from its weights alone')
+        raise UserError(f'{path} has the state of {then["optimizer"]}: '
+                        f'--init_from={path} starts from its weights alone')
     if config['max_iters'] < checkpoint['iter_num']:
         raise UserError(f'max_iters={config["max_iters"]}: {path} has reached step {checkpoint["iter_num"]}')
     return taken, {name: (then[name], now) for name, now in config.items()
@@ -422,8 +416,8 @@ def model_from(checkpoint, **overrides):
 
 def pretrained(init_from, **overrides):
     """(GPT on the CPU, its tokenizer for get_tokenizer): a checkpoint's file, nanoGPT's ckpt.pt and build-nanogpt's
-    model_*.pt too, or what GPT.from_pretrained takes. Its adapters are merged into its weights. overrides: GPTConfig fields
-    that change no weight."""
+    model_*.pt too, or what GPT.from_pretrained takes. Its adapters are merged into its weights. overrides: GPTConfig
+    fields that change no weight."""
     if init_from.endswith('.pt'):
         checkpoint = load(init_from)
         return lora.merge(model_from(checkpoint, **overrides)), checkpoint['tokenizer']
@@ -433,7 +427,8 @@ def pretrained(init_from, **overrides):
 
 
 def load_model(init_from, out_dir, device):
-    """(model, its tokenizer for get_tokenizer) for sampling and evaluation: init_from is as in resume_path, else in pretrained."""
+    """(model, its tokenizer for get_tokenizer) for sampling and evaluation. init_from: as resume_path takes it, else as
+    pretrained does."""
     if init_from in ('scratch', 'auto'):
         raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
     model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)

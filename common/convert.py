@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-import uuid
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.device import DTYPES
 from common.files import reason
-from data.errors import UserError
+from data.errors import UserError, some
 from data.tokenizer import CHATML, TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
 # -----------------------------------------------------------------------------
@@ -41,8 +42,16 @@ class Family(NamedTuple):
     names: dict  # {our module: theirs}; where they have several matrices we have one, with the rows of all
 
 
-ROPE = dict.fromkeys(('rope_theta', 'rope_type', 'rope_factor', 'rope_original_context', 'rope_low_freq_factor',
-                      'rope_high_freq_factor', 'rope_attention_factor'))  # read_rope and write_rope translate them
+LINEAR = dict(rope_factor=('factor', ...))
+SCALED = LINEAR | dict(rope_original_context=('original_max_position_embeddings', 0))
+ROPE_TYPES = {  # what config.json's rope_scaling holds for each rope_type; as Family.fields
+    'default': {},
+    'linear': LINEAR,
+    'llama3': SCALED | dict(rope_low_freq_factor=('low_freq_factor', ...),
+                            rope_high_freq_factor=('high_freq_factor', ...)),
+    'yarn': SCALED | dict(rope_low_freq_factor=('beta_slow', 1.0), rope_high_freq_factor=('beta_fast', 32.0),
+                          rope_attention_factor=('attention_factor', 0.0))}
+ROPE = dict.fromkeys(('rope_theta', 'rope_type', *ROPE_TYPES['yarn']))  # read_rope and write_rope translate them
 LLAMA_FIELDS = dict(block_size=('max_position_embeddings', ...), vocab_size=('vocab_size', ...),
                     n_layer=('num_hidden_layers', ...), n_head=('num_attention_heads', ...),
                     n_embd=('hidden_size', ...), n_kv_head=('num_key_value_heads', 0), head_size=('head_dim', 0),
@@ -202,7 +211,7 @@ def read_tensors(name):
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f'{file} is damaged or incomplete: {str(error).splitlines()[0][:200]}') from None
     for key, w in tensors.items():
-        if w.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if w.dtype not in (*DTYPES.values(), torch.float64):
             raise UserError(f'{name}: {key} is {w.dtype}: quantised weights cannot be read')
     return tensors
 
@@ -217,7 +226,7 @@ def load(name):
     hf = read_json(path)
     if hf.get('quantization_config'):
         raise UserError(f'{path}: quantization_config: quantised weights cannot be read')
-    if not isinstance(hf.get('model_type'), str) or hf['model_type'] not in FAMILIES:
+    if hf.get('model_type') not in [*FAMILIES]:  # a list, since the value may have no hash
         raise UserError(f'{name}: model_type={short(hf.get("model_type"))} cannot be read, only {", ".join(FAMILIES)}')
     family = FAMILIES[hf['model_type']]
     fields, biases = read_fields(family, hf, path)
@@ -243,7 +252,8 @@ def translate(name, family, config, theirs, biases):
     """Our state dict of their tensors. biases: {part of a block: whether it has them}; they are zeros elsewhere."""
     if config.n_layer > len(theirs):
         raise UserError(f'{name}: config.json has {config.n_layer} layers, and there are only {len(theirs)} weights')
-    expected = {ours: (shape, keys) for ours, (shape, keys) in layout(family, config).items()
+    tensors = layout(family, config)
+    expected = {ours: (shape, keys) for ours, (shape, keys) in tensors.items()
                 if not (ours.endswith('.bias') and not biases.get(ours.split('.')[-3], True))}
     keys = [key for _, keys in expected.values() for key in keys]
     if missing := [key for key in keys if key not in theirs]:
@@ -263,15 +273,14 @@ def translate(name, family, config, theirs, biases):
                 raise UserError(f'{name}: {key} has values that are not finite')
             parts.append(turn(family, key, w, config).float())
         weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    for ours, (shape, _) in layout(family, config).items():
+    for ours, (shape, _) in tensors.items():
         weights.setdefault(ours, torch.zeros(shape))
     return weights
 
 
 def listed(names):
-    """'a, b and 3 more are'"""
-    rest = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return f'{", ".join(names[:3])}{rest} {"is" if len(names) == 1 else "are"}'
+    """'a, b, c and 2 more are'"""
+    return f'{some(names)} {"is" if len(names) == 1 else "are"}'
 
 
 def read_fields(family, hf, path):
@@ -332,19 +341,22 @@ def typed(value, kind, where):
 def read_rope(hf, path):
     """GPTConfig's rope_* fields of config.json's content, read as transformers does: rope_scaling, the older way to
     write them, goes before rope_parameters."""
+    from model import GPTConfig
     rope = hf.get('rope_scaling') or hf.get('rope_parameters') or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f'{path}: rope_parameters={short(rope)} has no counterpart in GPTConfig')
+    context = hf.get('original_max_position_embeddings')  # goes before the one inside
+    values = rope | ({'original_max_position_embeddings': context} if context else {})
 
     def get(name, default, kind=float):
-        value = rope.get(name)
+        value = values.get(name)
         value = default if value is None else value
         if value is ...:
             raise UserError(f'{path}: rope_parameters={short(rope)} has no {name}')
         return typed(value, kind, f'{path}: {name}')
 
     kind = get('rope_type', get('type', 'default', str), str)
-    if kind not in ('default', 'linear', 'llama3', 'yarn'):
+    if kind not in ROPE_TYPES:
         raise UserError(f'{path}: rope_scaling of the type {kind!r} has no counterpart in GPTConfig')
     for name, neutral in (('partial_rotary_factor', 1.0), ('truncate', True)):
         value = rope.get(name, hf.get(name))
@@ -352,43 +364,25 @@ def read_rope(hf, path):
             raise UserError(f'{path}: {name}={short(value)} has no counterpart in GPTConfig, only {neutral!r}')
     theta = hf.get('rope_theta')
     fields = dict(rope_type=kind, rope_theta=get('rope_theta', 10000.0 if theta is None else theta))
-    if kind == 'default':
-        return fields
-    fields['rope_factor'] = get('factor', ...)
-    if kind in ('llama3', 'yarn'):
-        original = hf.get('original_max_position_embeddings') or rope.get('original_max_position_embeddings') or 0
-        fields['rope_original_context'] = typed(original, int, f'{path}: original_max_position_embeddings')
-    if kind == 'llama3':
-        fields |= dict(rope_low_freq_factor=get('low_freq_factor', ...),
-                       rope_high_freq_factor=get('high_freq_factor', ...))
-    if kind == 'yarn':
-        factor, scale, all_dim = fields['rope_factor'], get('mscale', 0.0), get('mscale_all_dim', 0.0)
-
-        def mscale(weight):
-            return 0.1 * weight * math.log(max(1, factor)) + 1
-        implied = mscale(scale) / mscale(all_dim) if scale and all_dim else mscale(1)
-        fields |= dict(rope_low_freq_factor=get('beta_slow', 1.0), rope_high_freq_factor=get('beta_fast', 32.0),
-                       rope_attention_factor=get('attention_factor', implied))
+    fields |= {ours: get(*where, type(getattr(GPTConfig, ours))) for ours, where in ROPE_TYPES[kind].items()}
+    if kind == 'yarn' and rope.get('attention_factor') is None:
+        scales = [get(name, 0.0) for name in ('mscale', 'mscale_all_dim')]
+        if all(scales):
+            scale, all_dim = (0.1 * x * math.log(max(1, fields['rope_factor'])) + 1 for x in scales)
+            fields['rope_attention_factor'] = scale / all_dim
     return fields
 
 
 def write_rope(config):
     """config.json's rope_theta and rope_scaling, which old and new versions of transformers read."""
-    scaling = dict(rope_type=config.rope_type, factor=config.rope_factor)
-    if config.rope_type in ('llama3', 'yarn'):
-        scaling |= dict(original_max_position_embeddings=config.rope_original_context)
-    if config.rope_type == 'llama3':
-        scaling |= dict(low_freq_factor=config.rope_low_freq_factor, high_freq_factor=config.rope_high_freq_factor)
-    if config.rope_type == 'yarn':
-        scaling |= dict(beta_slow=config.rope_low_freq_factor, beta_fast=config.rope_high_freq_factor,
-                        attention_factor=config.rope_attention_factor)
-    return dict(rope_theta=config.rope_theta) | (dict(rope_scaling=scaling) if config.rope_type != 'default' else {})
+    scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
+    return dict(rope_theta=config.rope_theta) | (
+        dict(rope_scaling=dict(rope_type=config.rope_type) | scaling) if scaling else {})
 
 # -----------------------------------------------------------------------------
 # out
 
 FILES = ('model.safetensors', 'model.safetensors.index.json', 'config.json', 'tokenizer.json', 'tokenizer_config.json')
-DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
 def check_folder(folder):
@@ -400,8 +394,8 @@ def check_folder(folder):
 
 def save(folder, config, state_dict, tokenizer, dtype='float32'):
     """Write config.json, model.safetensors and the tokenizer's files of a GPTConfig and our state dict (vocabulary not
-    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or names the GPTConfig field that
-    transformers has no class for."""
+    padded). tokenizer: for get_tokenizer. Raises UserError if a file is there already, or naming the GPTConfig field
+    that transformers has no class for."""
     if dtype not in DTYPES:
         raise UserError(f'dtype={dtype} is not one of {", ".join(DTYPES)}')
     check_folder(folder)
@@ -450,31 +444,26 @@ def check_exportable(config, name):
 
 
 def write_folder(folder, weights, files):
-    """Write model.safetensors and files {name: JSON object, text or bytes}, each under a temporary name until it is
+    """Write model.safetensors and files {name: JSON object, text or bytes}, which get their places once all are
     complete; config.json, which makes the folder a model, is the last."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    temporary = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in ('model.safetensors', *files):
-            path = temporary[file] = folder / f'{file}.{uuid.uuid4().hex[:12]}.tmp'
-            if file == 'model.safetensors':
-                save_file(weights, path, metadata={'format': 'pt'})
-            else:
-                content = files[file]
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            save_file(weights, Path(temporary, 'model.safetensors'), metadata={'format': 'pt'})
+            for file, content in files.items():
                 if isinstance(content, dict):
                     content = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
-                path.write_bytes(content if isinstance(content, bytes) else content.encode())
-            with open(path, 'rb+') as f:
-                os.fsync(f.fileno())
-        for file, path in sorted(temporary.items(), key=lambda pair: pair[0] == 'config.json'):
-            os.replace(path, folder / file)
+                Path(temporary, file).write_bytes(content if isinstance(content, bytes) else content.encode())
+            written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == 'config.json')
+            for path in written:
+                with open(path, 'rb+') as f:
+                    os.fsync(f.fileno())
+            for path in written:
+                os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 # -----------------------------------------------------------------------------
 # peers' checkpoints
@@ -490,9 +479,8 @@ def from_peer(checkpoint, path):
     """nanoGPT's or build-nanogpt's checkpoint as one of ours: model, model_args and tokenizer, which only the size of
     its vocabulary tells. (nanoGPT's GELU is the exact one: the approximation here differs by at most 0.0005.)"""
     from model import GPTConfig
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds no GPT')
-    fields, weights = checkpoint.get('model_args') or checkpoint.get('config'), checkpoint.get('model')
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    fields, weights = content.get('model_args') or content.get('config'), content.get('model')
     fields = vars(fields) if isinstance(fields, PeerConfig) else fields
     if not (isinstance(fields, dict) and isinstance(weights, dict) and 'vocab_size' in fields
             and all(isinstance(w, torch.Tensor) for w in weights.values())):

@@ -95,7 +95,8 @@ def device_name(device):
     if 'cuda' in device:
         return torch.cuda.get_device_name()
     if 'mps' in device:
-        return subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True).stdout.strip()
+        sysctl = subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True)
+        return sysctl.stdout.strip()
     return ''
 
 

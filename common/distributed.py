@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from common.device import DTYPES, pick_device
-from data.errors import UserError
+from data.errors import UserError, some
 
 rank = int(os.environ.get('RANK', 0))
 local_rank = int(os.environ.get('LOCAL_RANK', 0))
@@ -40,7 +40,7 @@ master = rank == 0  # the process that prints, logs and saves
 store = None  # torch.distributed's key-value store, a part of it that belongs to these processes
 progress = 0, time.monotonic()  # how many collectives this process has reached, and when it reached the last
 busy = failing = ended = False  # in work that the others wait for; printing an error; past the last collective
-neighbours = []  # connections to the previous and the next rank
+neighbours = []  # (rank, connection) of the previous and of the next one
 background = ThreadPoolExecutor(1)
 pending = None  # the last work given to it
 writers = None  # the process group in which threads that write shards talk, apart from the training
@@ -70,7 +70,8 @@ def init(device, backend='auto', timeout=600, cpu_tensors=False):
         backend = 'gloo' if 'cuda' not in device else 'cpu:gloo,cuda:nccl' if cpu_tensors else 'nccl'
     for name in backend.split(','):
         if not dist.is_backend_available(name.split(':')[-1]):
-            raise UserError(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; auto takes the one that fits')
+            raise UserError(f'backend={backend}: PyTorch has no {name.split(":")[-1]} here; '
+                            'auto takes the one that fits')
     if 'gloo' in backend:
         raise_descriptor_limit()
     store = join(timeout)
@@ -97,7 +98,8 @@ def raise_descriptor_limit():
 
 
 def join(timeout):
-    """The part of torchrun's store that these processes share with no earlier ones. Raises UserError naming who is missing.
+    """The part of torchrun's store that these processes share with no earlier ones. Raises UserError that names who is
+    missing.
 
     torchrun hands the same store to the processes that it starts after a failure, and the store still holds keys of
     the failed attempt. Its env:// rendezvous leaves them in place, and TORCHELASTIC_RESTART_COUNT is no prefix to
@@ -148,8 +150,7 @@ def hosts(store):
 
 def named(ranks, host={}):
     """'rank 1 on HOST, rank 2 on HOST', at most eight of them."""
-    names = [f'rank {r}' + (f' on {host[r]}' if r in host else '') for r in sorted(ranks)]
-    return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
+    return some([f'rank {r}' + (f' on {host[r]}' if r in host else '') for r in sorted(ranks)], 8)
 
 
 def print0(*args, **kwargs):
@@ -169,9 +170,9 @@ def shutdown():
     if dist.is_initialized():
         all_gather(None)
         ended = True
-        for neighbour in neighbours:
+        for _, connection in neighbours:
             with suppress(OSError):
-                neighbour.send(b'.')  # else its closing would look like a death
+                connection.send(b'.')  # else its closing would look like a death
         dist.destroy_process_group()
 
 
@@ -218,7 +219,8 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
                                         register_fsdp_forward_method)
     mesh = init_device_mesh(torch.device(device).type, (replicas, world_size // replicas),
                             mesh_dim_names=('replicate', 'shard'))
-    how = {'mesh': mesh if replicas > 1 else mesh['shard'], 'reshard_after_forward': False if layout == 'zero1' else None,
+    how = {'mesh': mesh if replicas > 1 else mesh['shard'],
+           'reshard_after_forward': False if layout == 'zero1' else None,
            'offload_policy': CPUOffloadPolicy(pin_memory='cuda' in device) if cpu_offload else OffloadPolicy()}
     half = MixedPrecisionPolicy()
     if layout == 'fsdp' and dtype != 'float32':  # not cast_forward_inputs: rotary angles must stay float32
@@ -234,8 +236,7 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
         model.loss = torch.compile(model.loss)
     model.exchange_once = layout == 'zero1'
     fully_shard(model, **how)
-    if hasattr(model, 'hidden'):  # generation and HellaSwag call it apart from forward
-        register_fsdp_forward_method(model, 'hidden')
+    register_fsdp_forward_method(model, 'hidden')  # generation and HellaSwag call it apart from forward
     return model
 
 
@@ -251,7 +252,7 @@ def sync_gradients(model, last):
 
 
 def clip_grad_norm(model, max_norm):
-    """Scale the gradient down to at most this norm; 0 leaves it. Returns the norm that it had, a tensor on the device."""
+    """Scale the gradient down to at most this norm; 0 leaves it. Returns its norm before, a tensor on the device."""
     return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
 
 
@@ -270,7 +271,8 @@ def shard_like(x, like):
     if hasattr(like, 'placements'):
         from torch.distributed.tensor import DTensor, distribute_tensor
         device = like.to_local().device  # the CPU, for offloaded parameters
-        mine = distribute_tensor(x.to(like.device_mesh.device_type), like.device_mesh, like.placements, src_data_rank=None)
+        mine = distribute_tensor(x.to(like.device_mesh.device_type), like.device_mesh, like.placements,
+                                 src_data_rank=None)
         return DTensor.from_local(mine.to_local().to(device, copy=True), like.device_mesh, like.placements,
                                   shape=like.shape, stride=like.stride())
     return x.to(like.device, copy=True)
@@ -278,6 +280,15 @@ def shard_like(x, like):
 
 # -----------------------------------------------------------------------------
 # what a checkpoint holds of the model, for any layout
+
+def copy_to_cpu(x):
+    return x.detach().to('cpu', copy=True)
+
+
+def gather_to_cpu(x):
+    x = full_tensor(x.detach())
+    return x.to('cpu', copy=True) if master else None
+
 
 def training_state(model, optimizers):
     """{'model': {name: weight}, 'optimizer': …}, whole tensors, copies on the CPU. All processes call it; those after
@@ -288,11 +299,11 @@ def training_state(model, optimizers):
             'optimizer': optimizer_state(model, optimizers)}
 
 
-def optimizer_state(model, optimizers, copy=None):
+def optimizer_state(model, optimizers, copy=gather_to_cpu):
     """{'state': {name: {key: tensor}}, 'param_groups': [{'params': names, …}]} of all optimizers, by the names of the
-    model's parameters. copy: what is kept of each tensor; gather_to_cpu's by default."""
+    model's parameters. copy: what is kept of each tensor."""
     names = {p: name for name, p in model.named_parameters()}
-    state = {names[p]: {key: (copy or gather_to_cpu)(x) for key, x in optimizer.state[p].items()}
+    state = {names[p]: {key: copy(x) for key, x in optimizer.state[p].items()}
              for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
     return {'state': state, 'param_groups': [group | {'params': [names[p] for p in group['params']]}
                                              for optimizer in optimizers for group in optimizer.param_groups]}
@@ -301,11 +312,11 @@ def optimizer_state(model, optimizers, copy=None):
 def set_optimizer_state(model, optimizers, state):
     """Give the optimizers what optimizer_state gave, or each process its shards of it. Learning rate, weight decay and
     the like stay as they are: this run's settings."""
-    for name, p in model.named_parameters():
-        for optimizer in optimizers:
-            if any(p is q for group in optimizer.param_groups for q in group['params']):
-                optimizer.state[p] = {key: shard_like(x, p) if x.dim() else x.to(to_local(p).device, copy=True)
-                                      for key, x in state['state'][name].items()}
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group['params']):
+            optimizer.state[p] = {key: shard_like(x, p) if x.dim() else x.to(to_local(p).device, copy=True)
+                                  for key, x in state['state'][names[p]].items()}
 
 
 def sharded_state(model, optimizers):
@@ -327,15 +338,6 @@ def reshard(model):
             module.reshard()
 
 
-def copy_to_cpu(x):
-    return x.detach().to('cpu', copy=True)
-
-
-def gather_to_cpu(x):
-    x = full_tensor(x.detach())
-    return x.to('cpu', copy=True) if master else None
-
-
 def save_shards(tensors, folder):
     """Write sharded_state's tensors into a folder, as safetensors, each process its own. All processes call it, in the
     background too. Raises OSError if one of them could not write."""
@@ -345,13 +347,6 @@ def save_shards(tensors, folder):
             str(folder), save_distributed=True))
     except dcp.api.CheckpointException as error:
         raise OSError(str(next(iter(error.failures.values()))[0])) from None
-
-
-def gather_from_writers(value):
-    """What each process has, as a list, on all of them; from the threads that write shards."""
-    values = [None] * world_size
-    dist.all_gather_object(values, value, group=writers)
-    return values
 
 
 def load_shards(folder):
@@ -373,7 +368,6 @@ def load_shards(folder):
 
 def sum_over_ranks(*values, device):
     """Each number, or tensor of one, summed over all processes: a float64 tensor (float32 on mps) on the device."""
-    record_progress()
     total = torch.stack([torch.as_tensor(v, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
                          for v in values])
     return all_reduce_tensor(total)
@@ -392,13 +386,14 @@ def all_reduce_tensor(x):
     return x
 
 
-def all_gather(value):
-    """What each process has, as a list, on all of them."""
+def all_gather(value, group=None):
+    """What each process has, as a list, on all of them. group: writers, in the threads that write shards."""
     if not dist.is_initialized():
         return [value]
-    record_progress()
+    if not group:
+        record_progress()
     values = [None] * world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -419,7 +414,7 @@ def map_matrices(function, x, like):
         if len(mine):
             result[:len(mine)] = function(mine)
         everything = x.new_empty(world_size * share, *x.shape[1:])
-        getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(everything, result)  # its name since PyTorch 2.13
+        getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(everything, result)  # new name: PyTorch 2.13
         return everything[:len(x)]
     mesh, (n, rows, columns) = like.device_mesh, x.shape
     group, size = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
@@ -505,7 +500,8 @@ def request_stop(number, frame):
     if not stop_signal:
         stop_signal, stop_time = number, time.monotonic()
         if master:  # print may be in the middle of a line, and raises when it is called again
-            os.write(1, f'\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once)\n'.encode())
+            name = signal.Signals(number).name
+            os.write(1, f'\n{name}: finishing this step, then saving (again to stop at once)\n'.encode())
     elif time.monotonic() - stop_time > 2:  # earlier it is torchrun, passing on what the terminal told every process
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -521,9 +517,9 @@ def record_progress():
 
 
 def connect_neighbours():
-    """[connection to the previous rank, connection to the next rank]. The kernel closes them when a process ends, however
-    it ends, and TCP's keepalive does when its machine is gone. Without them, only ranks that wait for data from the
-    dead one would notice, and NCCL's not before its timeout."""
+    """[(rank, connection)] of the previous and of the next one. The kernel closes the connections when a process ends,
+    however it ends, and TCP's keepalive does when its machine is gone. Without them, only ranks that wait for data from
+    that process would notice, and NCCL's not before its timeout."""
     if world_size == 1:
         return []
     dual = socket.has_dualstack_ipv6()
@@ -534,7 +530,8 @@ def connect_neighbours():
             address = probe.getsockname()[0].split('%')[0]
         if ipaddress.ip_address(address).is_loopback:  # on rank 0's machine
             address = master_address[0]
-        with socket.create_server(('', 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual) as server:
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(('', 0), family=family, dualstack_ipv6=dual) as server:
             server.settimeout(60)
             secret = uuid.uuid4().hex
             store.set(f'address/{rank}', f'{address} {server.getsockname()[1]} {secret}')
@@ -557,7 +554,7 @@ def connect_neighbours():
         for option, seconds in ('TCP_KEEPIDLE', 10), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 6):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
-    return [from_previous, to_next]
+    return [(previous, from_previous), (following, to_next)]
 
 
 def watchdog(timeout, parent):
@@ -572,8 +569,8 @@ def watchdog(timeout, parent):
     """
     interval = min(10, timeout / 10)
     selector, agent = selectors.DefaultSelector(), 'TORCHELASTIC_RUN_ID' in os.environ
-    for neighbour, other in zip(neighbours, ((rank - 1) % world_size, (rank + 1) % world_size)):
-        selector.register(neighbour, selectors.EVENT_READ, other)
+    for other, connection in neighbours:
+        selector.register(connection, selectors.EVENT_READ, other)
     alarm, alarm_time, look_time, verdict = 0, -math.inf, 0, None  # verdict: when to count the answers to our alarm
     try:
         while not ended:
@@ -602,12 +599,14 @@ def watchdog(timeout, parent):
                 answers = dict(entry.split('=') for entry in store.get(f'answers/{verdict[0]}').decode().split())
                 missing = [r for r in range(world_size) if float(answers.get(str(r), -1)) < count]
                 if waiting and missing:
-                    abort(f'{named(missing, hosts(store))} missed a collective for {timeout} s (dist_timeout); aborting')
+                    abort(f'{named(missing, hosts(store))} missed a collective for {timeout} s (dist_timeout); '
+                          'aborting')
                 verdict = None
     except RuntimeError:  # the store has ended; at the normal end, this process will in a moment
         time.sleep(1)
         if not ended:
-            abort(f'rank {rank} lost the store at {os.environ["MASTER_ADDR"]}, with torchrun or rank 0 there; aborting', 0)
+            abort(f'rank {rank} lost the store at {os.environ["MASTER_ADDR"]}, with torchrun or rank 0 there; aborting',
+                  grace=0)
 
 
 def abort(message, grace=20):
@@ -644,6 +643,7 @@ def describe(error):
         return f'rank {rank} lost its connection to the other processes; one has probably died: {text}'
     return None
 
+
 # -----------------------------------------------------------------------------
 # how a step is divided
 
@@ -655,15 +655,11 @@ def divide_step(config, given, processes):
     of setting; the later of the two wins. Raises UserError if they can't be divided by the number of processes.
     """
     batch_size, block_size = config['batch_size'], config['block_size']
-    total, steps = config['total_batch_size'], config['gradient_accumulation_steps']
-    order, note = list(given), ''
-    if steps and 'total_batch_size' in order:
-        if order.index('total_batch_size') > order.index('gradient_accumulation_steps'):
-            note = f'total_batch_size={total} replaces gradient_accumulation_steps={steps}, given before it'
-            steps = 0
-        else:
-            note = f'gradient_accumulation_steps={steps} replaces total_batch_size={total}, given before it'
-    if steps:
+    total, steps, note = config['total_batch_size'], config['gradient_accumulation_steps'], ''
+    order = [name for name in given if name in ('total_batch_size', 'gradient_accumulation_steps')]
+    if steps and len(order) == 2:
+        note = '{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order))
+    if steps and order[-1:] != ['total_batch_size']:
         if steps % processes:
             raise UserError(f'gradient_accumulation_steps={steps} is not a multiple of the {processes} processes: use '
                             f'{-(-steps // processes) * processes}, or total_batch_size')
@@ -676,8 +672,8 @@ def divide_step(config, given, processes):
         return 1, batch_size, f'batch_size={batch_size}: {processes} processes divide a step of {total:,} tokens'
     if 'total_batch_size' not in order:  # a default gives way to what was set
         steps = max(1, round(total / micro_batch))
-        return steps, batch_size, (f'total_batch_size={steps * micro_batch} instead of {total}, which is not a multiple of '
-                                   f'batch_size * block_size * processes = {micro_batch}')
+        return steps, batch_size, (f'total_batch_size={steps * micro_batch} instead of {total}, which is not a '
+                                   f'multiple of batch_size * block_size * processes = {micro_batch}')
     below = total // micro_batch * micro_batch
     near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
     raise UserError(f'total_batch_size={total} is not a multiple of batch_size * block_size * processes = '

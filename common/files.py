@@ -1,4 +1,4 @@
-"""Files in out_dir: reserved for one run, replaced only by complete ones, never removed unless this program made them."""
+"""Files in out_dir: reserved for one run, replaced only by complete ones, removed only if this program made them."""
 
 import contextlib
 import math
@@ -14,7 +14,8 @@ import filelock
 from data.errors import UserError
 
 LOCK = '.lock'  # in out_dir
-TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)\.[0-9a-f]{12}\.tmp')  # what a killed atomic_write leaves
+# what a killed atomic_write leaves
+TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)\.[0-9a-f]{12}\.tmp')
 
 
 def lock(out_dir, timeout=0):
@@ -32,7 +33,8 @@ def lock(out_dir, timeout=0):
         held.acquire(timeout=timeout)
     except filelock.Timeout:
         holder = ', '.join(holder.splitlines()) or 'another process'
-        raise UserError(f'{out_dir} is in use by another run ({holder}): wait for it or stop it, or choose another out_dir') from None
+        raise UserError(f'{out_dir} is in use by another run ({holder}): wait for it or stop it, '
+                        'or choose another out_dir') from None
     except OSError as error:
         raise UserError(f'out_dir={out_dir} cannot be written: {error.strerror}') from None
     with contextlib.suppress(OSError):  # a full disk

@@ -136,9 +136,8 @@ def archive_previous_run(out_dir, after=None):
     place, and so does the log, which is copied.
     """
     out_dir = Path(out_dir)
-    earlier = sorted([*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')])
     stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
-    earlier = [path for path in earlier if path not in stay]
+    earlier = sorted({*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')} - stay)
     if after is None and any('ckpt' in path.name for path in earlier):
         earlier += out_dir.glob('tokenizer*.json')  # the checkpoints'
     if not earlier:
@@ -194,8 +193,14 @@ def start_trackers(names, project, run_name, config, out_dir, step=0):
 
 
 class Tracker:
-    """One service. A subclass starts it in __init__ and has send(values, step) and finish()."""
+    """One service. A subclass starts its run in __init__; one without a run has its own send and finish."""
     failed = False
+
+    def send(self, values, step):
+        self.run.log(values, step=step)
+
+    def finish(self):
+        self.run.finish()
 
     def write(self, entry):
         self.attempt(self.send, {k: v for k, v in entry.items() if v is not None and k != 'step'}, entry['step'])
@@ -227,7 +232,8 @@ class Wandb(Tracker):
             if isinstance(error, wandb.errors.AuthenticationError):
                 raise
             self.run = wandb.init(**how, mode='offline')
-            print(f'Weights & Biases does not answer: logged to {self.run.dir}, to be sent by `wandb sync`', file=sys.stderr)
+            print(f'Weights & Biases does not answer: logged to {self.run.dir}, to be sent by `wandb sync`',
+                  file=sys.stderr)
 
         def report(*error):  # instead of wandb's hook, which prints a traceback of every error
             try:
@@ -236,12 +242,6 @@ class Wandb(Tracker):
                 self.attempt(self.run.finish, 1)
 
         sys.excepthook = report
-
-    def send(self, values, step):
-        self.run.log(values, step=step)
-
-    def finish(self):
-        self.run.finish()
 
 
 class TensorBoard(Tracker):
@@ -268,12 +268,6 @@ class Trackio(Tracker):
     def __init__(self, project, run_name, config, out_dir, step):
         import trackio
         self.run = trackio.init(project=project, name=run_name, config=config)
-
-    def send(self, values, step):
-        self.run.log(values, step=step)
-
-    def finish(self):
-        self.run.finish()
 
 
 TRACKERS = {'wandb': Wandb, 'tensorboard': TensorBoard, 'trackio': Trackio}

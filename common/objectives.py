@@ -73,7 +73,8 @@ def load_teacher(source, block_size, model_config, tokenizer):
         raise UserError(f'the teacher {source} reads {its_tokenizer} tokens, {its.vocab_size} of them, and the model '
                         f'{tokenizer} tokens, {ours.vocab_size} of them')
     if its.causal != ours.causal:
-        raise UserError(f'the teacher {source} {"predicts the next token" if its.causal else "fills masks"}, unlike the model')
+        its_kind = 'predicts the next token' if its.causal else 'fills masks'
+        raise UserError(f'the teacher {source} {its_kind}, unlike the model')
     if its.block_size < block_size:
         raise UserError(f'block_size={block_size} is longer than the teacher\'s context of {its.block_size}: '
                         f'--block_size={its.block_size}')
@@ -108,8 +109,8 @@ def mask_tokens(x, y, vocab_size, generator=None):
 
 
 def kl_divergence(logits, target, y, temperature=1.0):
-    """Mean of KL(target || logits) in nats over the tokens with y != -1, of logits (B, T, V) divided by the temperature,
-    times its square, which keeps the size of the gradient (section 2 of the paper). A float32 scalar."""
+    """Mean of KL(target || logits) in nats over the tokens with y != -1, of logits (B, T, V) divided by the
+    temperature, times its square, which keeps the size of the gradient (section 2 of the paper). A float32 scalar."""
     scored = y != -1
     log_p, log_q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (target, logits))
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (B, T)
@@ -119,9 +120,9 @@ def kl_divergence(logits, target, y, temperature=1.0):
 def token_weights(targets, device):
     """What makes the mean loss of a step, over micro-batches and processes, the mean over its scored tokens.
 
-    targets: of each micro-batch of this process, (B, T) int64, -1 where none is scored. Returns (micro-batches,) float32
-    on the device: each one's scored tokens over the mean number of them in a micro-batch of the step, exactly 1 where all
-    have as many. NaN, which skips the step, if it has none. All processes call it.
+    targets: of each micro-batch of this process, (B, T) int64, -1 where none is scored. Returns (micro-batches,)
+    float32 on the device: each one's scored tokens over the mean number of them in a micro-batch of the step, exactly 1
+    where all have as many. NaN, which skips the step, if it has none. All processes call it.
     """
     counts = torch.stack([(y != -1).sum() for y in targets])
     total = distributed.sum_over_ranks(counts.sum(), device=device)

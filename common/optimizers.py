@@ -1,4 +1,4 @@
-"""The optimizers: which parameters each one updates, which of them decay, Muon, and what decides that a step is skipped."""
+"""The optimizers: which parameters each one updates, which of them decay, Muon, and which steps are skipped."""
 
 import math
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from common.distributed import shard_like, to_local
 
 def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, eps=1e-8, lr_scales={},
                          cautious_decay=False):
-    """A list of optimizers that together update every parameter of a GPT that is not frozen. Raises ValueError for an unknown
-    name.
+    """A list of optimizers that together update every parameter of a GPT that is not frozen. Raises ValueError for an
+    unknown name.
 
     'adamw': AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything. Matrices and embeddings decay;
     biases and the gains of normalisations do not.
     'muon': Muon for the matrices inside the blocks, AdamW for the rest. One learning rate serves both.
-    lr_scales: factors on AdamW's learning rate for {'embeddings': …, 'head': …, 'gains': …} (biases count as gains); see
-    set_lr. A tied head is an embedding.
+    lr_scales: factors on AdamW's learning rate for {'embeddings': …, 'head': …, 'gains': …} (biases count as gains);
+    see set_lr. A tied head is an embedding.
     cautious_decay: decay only the weights that the update moves towards zero too (Chen et al. 2025, arXiv:2510.12402).
     """
     if optimizer not in ('adamw', 'muon'):
@@ -43,12 +43,14 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
     optimizers = [adamw(list(groups.values()), lr=learning_rate, betas=betas, eps=eps,
                         fused=first.device.type in ('cuda', 'cpu'))]  # all parameters in one kernel
     if matrices:
-        kv = model.config.n_kv_head * model.config.head_size
-        rows = {'c_attn': (model.config.n_head * model.config.head_size, kv, kv)}  # queries, keys and values are matrices of their own
-        if model.config.mlp == 'swiglu':
-            rows['c_fc'] = (model.config.n_mlp, model.config.n_mlp)  # so are the gate and what it gates
+        c = model.config
+        kv = c.n_kv_head * c.head_size
+        rows = {'c_attn': (c.n_head * c.head_size, kv, kv)}  # queries, keys and values are matrices of their own
+        if c.mlp == 'swiglu':
+            rows['c_fc'] = (c.n_mlp, c.n_mlp)  # so are the gate and what it gates
         splits = [rows.get(name.split('.')[-2], (len(p),)) for name, p in matrices.items()]
-        optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay, cautious_decay=cautious_decay))
+        optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay,
+                               cautious_decay=cautious_decay))
     return optimizers
 
 
@@ -59,8 +61,8 @@ def set_lr(optimizers, lr):
 
 
 def step(optimizers, skip=None):
-    """Update the parameters and drop the gradients. skip: a bool tensor on the device; where it is True nothing changes,
-    and the host need not know."""
+    """Update the parameters and drop the gradients. skip: a bool tensor on the device; where it is True nothing
+    changes, and the host need not know."""
     for optimizer in optimizers:
         if skip is not None and not optimizer.defaults.get('fused', True):  # PyTorch's other AdamWs take no such tensor
             if not skip:  # waits for the device
@@ -174,7 +176,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(momenta, decay)
             torch._foreach_add_(momenta, grads, alpha=1 - momentum)
             updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's look ahead
-            stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; a rough iteration follows
+            stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; rough will do
             stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
             for mine, update in zip(here, stack):
                 if self.cautious_decay:

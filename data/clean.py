@@ -22,11 +22,11 @@ from data.errors import UserError
 # normalising: the same text without markup and control characters
 
 UNSEEN = re.compile(r'(?is)<!--.*?-->|<(script|style|head|noscript|template|svg)\b[^<>]*>.*?</\1\s*>')
-BLOCK = re.compile(r'(?i)</?(?:address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figure|footer|form|h[1-6]|'
-                   r'header|hr|html|li|main|nav|ol|option|p|pre|section|table|td|th|title|tr|ul)(?:\s[^<>]*)?/?>|'
-                   r'<!doctype[^<>]*>')
-INLINE = re.compile(r'(?i)</?(?:a|abbr|b|bdi|bdo|big|button|center|cite|code|del|dfn|em|font|i|iframe|img|input|ins|kbd|'
-                    r'label|link|mark|meta|q|s|samp|select|small|span|strike|strong|sub|sup|textarea|tt|u|var|wbr)'
+BLOCK = re.compile(r'(?i)</?(?:address|article|aside|blockquote|body|br|dd|div|dl|dt|fieldset|figure|footer|form|'
+                   r'h[1-6]|header|hr|html|li|main|nav|ol|option|p|pre|section|table|td|th|title|tr|ul)'
+                   r'(?:\s[^<>]*)?/?>|<!doctype[^<>]*>')
+INLINE = re.compile(r'(?i)</?(?:a|abbr|b|bdi|bdo|big|button|center|cite|code|del|dfn|em|font|i|iframe|img|input|ins|'
+                    r'kbd|label|link|mark|meta|q|s|samp|select|small|span|strike|strong|sub|sup|textarea|tt|u|var|wbr)'
                     r'(?:\s[^<>]*)?/?>')
 CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufffe\uffff]')  # not tab, newline
 

@@ -1,4 +1,4 @@
-"""The exception for what a user can get wrong."""
+"""The exception for what a user can get wrong, and what its messages share."""
 
 
 class UserError(Exception):
@@ -8,3 +8,9 @@ class UserError(Exception):
     exits with `status` (see configurator.excepthook).
     """
     status = 1
+
+
+def some(names, most=3):
+    """'a, b, c and 2 more'"""
+    names = [*map(str, names)]
+    return ', '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)

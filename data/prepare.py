@@ -146,7 +146,7 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
 def cut_first(out_dir, shard, shards):
     """Cut the first shard into validation, at most a tenth of all tokens, and the rest of it, to train on."""
     ids = np.load(out_dir / FIRST, mmap_mode='r')
-    n_val = min(len(ids), -(-sum(entry['tokens'] for entry in shards) // 10))
+    n_val = min(len(ids), -(-count_tokens(shards) // 10))
     shard.write(ids[:n_val])
     pieces = [shard.close('val_000000.npy')]
     if n_val < len(ids):
@@ -157,8 +157,8 @@ def cut_first(out_dir, shard, shards):
 
 def tokenize(texts, tokenizer, clean, dedup):
     """
-    What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys,
-    counts): the ids, (n,) of the tokenizer's dtype; if dedup, a list of keys for each document in them; documents in and dropped.
+    What a worker makes of some texts, where None is a document that could not be read. Returns (tokens, keys, counts):
+    the ids, (n,) of the tokenizer's dtype; with dedup, a list of keys for each document in them; documents in, dropped.
     """
     counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'empty': texts.count('')})
     texts = [text for text in texts if text]
@@ -341,7 +341,7 @@ def difference(old, new):
     return ''
 
 
-def count_tokens(shards, split):
+def count_tokens(shards, split=''):
     return sum(entry['tokens'] for entry in shards if entry['file'].startswith(split))
 
 

@@ -1,17 +1,16 @@
 """From conversations to a model that answers: packing, masks, documents apart, finetuning, resume, processes, export."""
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, losses, needs_gpt2, read_log, run
+from conftest import TINY, losses, read_log, run
 from torch.nn.attention.flex_attention import create_block_mask
 
 import data.prepare
-from common import distributed, objectives
+from common import objectives
 from common.checkpoint import pretrained
 from common.generate import Conversation
 from data.conversation import best_fit, chat_tokenizer, encode, prepare_conversations
@@ -19,7 +18,6 @@ from data.dataset import Split, verify
 from data.errors import UserError
 from data.loader import Loader
 from data.prepare import corpus_of
-from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 T = 64
