@@ -114,11 +114,11 @@ def check_model(config, tokenizer):
     elif path := checkpoint.resume_path(source, config['out_dir']):
         saved = checkpoint.load(path, resume=True)
         checkpoint.compare_settings(saved, path, config, given)
-        gpt, vocabulary = GPTConfig(**saved['model_args']), saved['tokenizer']
+        gpt, vocabulary = GPTConfig(**saved['model_args']), tokenizer_name(saved['tokenizer'])
     else:
         model, vocabulary = checkpoint.pretrained(source)
-        gpt = model.config
-        if tokenizer_name(vocabulary) + CHATML == tokenizer.name:  # train.py adds the two tokens
+        gpt, vocabulary = model.config, tokenizer_name(vocabulary)
+        if vocabulary + CHATML == tokenizer.name:  # train.py adds the two tokens
             gpt, vocabulary = replace(gpt, vocab_size=max(gpt.vocab_size, tokenizer.vocab_size)), tokenizer.name
     if vocabulary != tokenizer.name:
         raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights of '

@@ -206,6 +206,20 @@ def test_a_narrow_model_keeps_the_kind(settings, data):
         'hellaswag_interval', 'hellaswag_limit', 'device'}
 
 
+def test_weights_that_read_a_tokenizer_json(tmp_path, monkeypatch):
+    from tokenizers import ByteLevelBPETokenizer
+    path = tmp_path / 'tokenizer.json'
+    own = ByteLevelBPETokenizer()
+    own.train_from_iterator(['some text'] * 9, vocab_size=260, special_tokens=['<|endoftext|>'], show_progress=False)
+    own.save(str(path))
+    model = GPT(GPTConfig(block_size=8, vocab_size=261, n_layer=1, n_head=1, n_embd=8))
+    monkeypatch.setattr(rehearse.checkpoint, 'pretrained', lambda source: (model, str(path)))
+    config = {'init_from': 'gpt', 'out_dir': str(tmp_path), 'dataset': 'own'}
+    assert rehearse.check_model(config, get_tokenizer(str(path)))[0] == model.config
+    with pytest.raises(UserError, match='own is tokenized with bytes, but the weights of gpt were trained on tokenizer.json'):
+        rehearse.check_model(config, get_tokenizer('bytes'))
+
+
 def test_the_line_that_train_py_printed(tmp_path):
     (tmp_path / 'stderr').write_text("""W1121 17:00:00.1 123 torch/distributed/run.py:852] Setting OMP_NUM_THREADS
 
