@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -32,8 +32,9 @@ import hellaswag
 import plan
 from common import checkpoint, convert, distributed, log
 from common.device import pick_device, pick_dtype
-from data.loader import Loader
-from data.tokenizer import get_tokenizer
+from data.dataset import Split
+from data.loader import Loader, parse_mixture
+from data.tokenizer import CHATML, get_tokenizer, tokenizer_name
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -117,6 +118,8 @@ def check_model(config, tokenizer):
     else:
         model, vocabulary = checkpoint.pretrained(source)
         gpt = model.config
+        if tokenizer_name(vocabulary) + CHATML == tokenizer.name:  # train.py adds the two tokens
+            gpt, vocabulary = replace(gpt, vocab_size=max(gpt.vocab_size, tokenizer.vocab_size)), tokenizer.name
     if vocabulary != tokenizer.name:
         raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights of '
                         f'{config["init_from"]} were trained on {vocabulary} tokens')
@@ -192,7 +195,8 @@ def check_trackers(config, folder):
 
 def narrow(config, gpt, processes, items, folder):
     """The settings, as train.py's arguments, that turn the run into its rehearsal."""
-    heads, block_size = min(2, gpt.n_head), min(256, gpt.block_size, config['block_size'])
+    packed = any(Split(name, 'train', check=False).block_size for name in parse_mixture(config['dataset']))
+    heads, block_size = min(2, gpt.n_head), min(gpt.block_size, config['block_size'], *[] if packed else [256])
     small = {name: value for name, value in asdict(gpt).items() if name in config} | {
         'n_layer': min(2, gpt.n_layer), 'n_head': heads, 'n_kv_head': heads if gpt.n_kv_head == gpt.n_head else 1,
         'n_embd': gpt.n_embd // gpt.n_head * heads, 'n_mlp': max(1, gpt.n_mlp * heads // gpt.n_head),

@@ -92,7 +92,7 @@ class Conversation:
             self.turns.pop(0)
             self.forget_after(0)
         dropped, answer, end = before - len(self.turns), [], (self.tokenizer.im_end, self.tokenizer.eot)
-        idx = torch.tensor([[self.eot, *itertools.chain(*self.turns), *question]], device=self.model.lm_head.weight.device)  # (1, T)
+        idx = torch.tensor([[self.eot, *itertools.chain(*self.turns), *question]], device=self.cache[0].k.device)  # (1, T)
         known, limit = self.cache[0].length, min(max_new_tokens, block_size - idx.size(1))
         try:
             for new in stream(self.model, idx, limit, cache=self.cache, **options):
@@ -107,7 +107,8 @@ class Conversation:
             self.turns.append(question + answer + [self.tokenizer.im_end, *self.tokenizer.encode('\n').tolist()])
             self.note = '' if ended else f'… (cut at {limit} tokens)'
             if dropped:
-                self.note += f' (the context of {block_size} tokens is full: the {dropped} oldest of {before} questions are forgotten)'
+                self.note += (f' (the context of {block_size} tokens is full: the {dropped} oldest of {before} questions '
+                              'are forgotten)')
 
     def forget_after(self, length):
         for layer in self.cache:

@@ -121,11 +121,12 @@ def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options)
         raise UserError(f'block_size={block_size} must be at least 2')
     spec = tokenizer + CHATML * (chat_tokenizer(tokenizer).name != get_tokenizer(tokenizer).name)
     settings = {'block_size': block_size, **options.pop('settings', {})}
-    meta = prepare(out_dir, train, val, spec, settings=settings, encode=functools.partial(pack, block_size=block_size), **options)
+    work = functools.partial(pack, block_size=block_size)
+    meta = prepare(out_dir, train, val, spec, settings=settings, encode=work, **options)
     counts, total = meta['documents'], sum(meta['tokens'].values())
-    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the tokens are '
-          f'scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a block are cut, '
-          f'{counts["no_answer"]:,} without an answer are dropped')
+    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the tokens '
+          f'are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a block '
+          f'are cut, {counts["no_answer"]:,} without an answer are dropped')
     return meta
 
 

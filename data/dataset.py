@@ -4,9 +4,9 @@ The dataset format, read: a split of a dataset is one stream of token ids, store
 A dataset is a folder of `train_000000.npy` ..., `val_000000.npy` ... (1-D uint16 or uint32; the end-of-text id precedes
 each document, and a document may continue in the next shard) with a `meta.json` that names the tokenizer and lists
 every shard with its tokens and sha256. A tokenizer from a file has a copy there, tokenizer.json, and its sha256 in
-meta.json. Of conversations, a mask lies beside each shard (train_000000.mask.npy, uint8, its sha256 in meta.json): 1 for an id
-that is scored as a target, 0 for one that is only read; and meta.json's block_size is the length of a block, in which whole
-conversations are packed. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
+meta.json. Conversations have a mask beside each shard (train_000000.mask.npy, uint8, with its sha256 in meta.json): 1 for
+an id that is scored as a target, 0 for one that is only read. They are packed into blocks of meta.json's block_size, each
+whole in its block. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
 
     *_train_*.npy                 build-nanogpt
     *_train_*.bin, *_train.bin    llm.c, modded-nanogpt: 256 int32 (20240520, 1, tokens, 0, ...), then uint16

@@ -58,8 +58,8 @@ class Loader:
                 raise UserError(f'{self.splits[0].folder} has the tokenizer {first} and {data.folder} has {other}: '
                                 'a mixture needs one tokenizer')
             if data.block_size not in (0, block_size):
-                raise UserError(f'{data.folder} is packed for block_size={data.block_size}, not {block_size}: train with that, '
-                                'or prepare it with another --block_size')
+                raise UserError(f'{data.folder} is packed for block_size={data.block_size}, not {block_size}: train with '
+                                'that, or prepare it with another --block_size')
             if data.n_tokens <= block_size - (data.block_size > 0):
                 raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one '
                                 f'block of block_size={block_size} and the token that follows it')

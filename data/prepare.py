@@ -352,7 +352,9 @@ def write_meta(out_dir, state, tokenizer):
             'dtype': np.dtype(tokenizer.dtype).name,
             'tokens': {split: count_tokens(shards, split) for split in ('train', 'val')},
             'documents': state['resume']['counts'], 'source': state['source'], 'settings': state['settings'],
-            'shards': shards} | {name: state['settings'][name] for name in ['block_size'] if name in state['settings']}
+            'shards': shards}
+    if 'block_size' in state['settings']:
+        meta['block_size'] = state['settings']['block_size']
     write(out_dir / 'meta.json', json.dumps(meta, indent=1).encode())
     return meta
 

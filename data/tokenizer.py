@@ -240,7 +240,11 @@ class ChatML(Tokenizer):
     def __init__(self, base):
         vocabulary = base.hf.get_vocab() if base.files else {}
         if base.chat_template:
-            raise UserError(f'{base.name} has a chat template of its own, which cannot be read here: conversations are ChatML')
+            raise UserError(f'{base.name} has a chat template of its own, which cannot be read here: conversations are '
+                            'ChatML')
+        if base.files and len(vocabulary) < base.vocab_size:
+            raise UserError(f'{base.name} has {len(vocabulary)} tokens with ids up to {base.vocab_size - 1}: a tokenizer.json '
+                            'with gaps takes no more tokens')
         new = [token for token in (IM_START, IM_END) if token not in vocabulary]
         ids = vocabulary | {token: base.vocab_size + i for i, token in enumerate(new)}
         self.base, self.name, self.vocab_size = base, base.name + CHATML, base.vocab_size + len(new)
@@ -458,9 +462,9 @@ def with_chatml(tokenizer, files):
     content = files['tokenizer.json']
     content = json.loads(content) if isinstance(content, bytes) else content
     known = {token['content'] for token in content['added_tokens']}
-    content['added_tokens'] += [dict(id=i, content=token, special=True, normalized=False, single_word=False, lstrip=False,
-                                     rstrip=False) for token, i in ((IM_START, tokenizer.im_start), (IM_END, tokenizer.im_end))
-                                if token not in known]
+    content['added_tokens'] += [
+        dict(id=i, content=token, special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
+        for token, i in ((IM_START, tokenizer.im_start), (IM_END, tokenizer.im_end)) if token not in known]
     return {'tokenizer.json': content,
             'tokenizer_config.json': files['tokenizer_config.json'] | {'chat_template': tokenizer.chat_template}}
 

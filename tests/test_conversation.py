@@ -137,6 +137,30 @@ def test_a_tokenizer_without_a_template(tmp_path):
         get_tokenizer(str(tmp_path))
 
 
+def test_a_vocabulary_with_gaps(tmp_path):
+    """transformers would give the tokens other ids."""
+    content = json.loads(train('bpe', 300, ['some text here']))
+    vocabulary = content['model']['vocab']
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 5
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match='a tokenizer.json with gaps takes no more tokens'):
+        chat_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_that_has_the_tokens(tmp_path):
+    content = json.loads(train('bpe', 300, ['some text here']))
+    n = len(content['model']['vocab'])
+    content['added_tokens'] += [{**content['added_tokens'][0], 'content': f'<|im_{name}|>', 'id': n + i}
+                                for i, name in enumerate(('end', 'start'))]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    tokenizer = chat_tokenizer(str(tmp_path))
+    assert (tokenizer.im_end, tokenizer.im_start, tokenizer.vocab_size) == (n, n + 1, n + 2)
+    for name, file in tokenizer_files(tokenizer, 64).items():
+        (tmp_path / name).write_text(json.dumps(file))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(TALK)['input_ids'] == encode(TALK, tokenizer)[0].tolist()
+
+
 def test_ids_fit_a_larger_dtype():
     import types
     from data.tokenizer import ChatML
