@@ -195,7 +195,7 @@ while True:
         break
 
     # forward and backward; gradients add up over the micro-batches
-    began, totals = time.perf_counter(), 0
+    began, totals, tokens = time.perf_counter(), 0, 0
     for micro_step in range(accumulation_steps):
         places = drawn + (micro_step * processes + rank) * batch_size + np.arange(batch_size)
         index = shuffled(places, len(train_pairs), seed)
@@ -205,13 +205,13 @@ while True:
             policy = objectives.log_probs(train_model, x, y).view(2, -1)  # (2, B)
         results = measures(policy, reference['train'][:, index].to(device))  # (3,)
         scaler.scale(results[0] / accumulation_steps).backward()
-        totals = totals + results.detach() / accumulation_steps
+        totals, tokens = totals + results.detach() / accumulation_steps, tokens + x.numel()
 
     # clip; average over the processes; skip a step that is not finite
     for opt in opts:
         scaler.unscale_(opt)
     grad_norm = distributed.clip_grad_norm(model, grad_clip)
-    numbers = distributed.sum_over_ranks(*totals / processes, grad_norm / processes,
+    numbers = distributed.sum_over_ranks(*totals / processes, grad_norm / processes, tokens,
                                          distributed.stop_requested() > 0, device=device)
     skip = skip_rule(numbers[0], numbers[3])
     lr = learning_rate * min(1, (step + 1) / (warmup_iters + 1))
@@ -219,10 +219,11 @@ while True:
     optimizers.step(opts, skip)
     scaler.update()
     step, drawn, skipped = step + 1, drawn + pairs_per_step, skipped + skip.item()
-    *values, stop = numbers.tolist()
+    *values, tokens, stop = numbers.tolist()
+    seconds = time.perf_counter() - began
     if step % log_interval == 0 or step == max_iters or skip:
         report(dict(zip(('loss', 'margin', 'accuracy', 'grad_norm'), values)) |
-               {'lr': lr, 'skipped': skipped, 'ms': (time.perf_counter() - began) * 1e3})
+               {'lr': lr, 'skipped': skipped, 'ms': seconds * 1e3, 'tokens_per_s': tokens / seconds})
 
 if stop:
     save()

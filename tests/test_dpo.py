@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.pairs import collate, read_pairs, shuffled
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+from plot import curves
 
 CHAT = get_tokenizer('bytes+chatml')
 ROWS = [{'prompt': f'{a}?', 'chosen': f'yes {a}', 'rejected': f'no {a}'} for a in 'abcdefghijklmnopqrstuvwxyz'[:20]]
@@ -72,6 +73,7 @@ def test_a_preference_is_learned_by_the_formula(dpo, tmp_path, kind):
     by_hand = [math.log(1 + math.exp(-0.2 * x)) if kind == 'dpo' else (x - 1 / (2 * 0.2))**2 for x in h]
     assert last['val_loss'] == pytest.approx(sum(by_hand) / 4, rel=1e-4)
     assert last['val_margin'] == pytest.approx(0.2 * sum(h) / 4, rel=1e-4)
+    curves([str(tmp_path / 'out')], tmp_path / 'curves.png')  # plot.py reads the log
     assert last['val_accuracy'] == 1 and last['val_loss'] < 0.6 * first['val_loss']
 
 
