@@ -80,9 +80,7 @@ accumulation_steps = gradient_accumulation_steps // processes
 pairs_per_step = batch_size * gradient_accumulation_steps
 
 if path := checkpoint.resume_path(init_from, out_dir):
-    resumed = checkpoint.resume(path, config, given)
-    if 'reference' not in resumed:
-        raise UserError(f'{path} is of a run of train.py: --init_from={path} starts from its weights')
+    resumed = checkpoint.resume(path, config, given, 'dpo.py')
     model, vocabulary = checkpoint.model_from(resumed), resumed['tokenizer']
 else:
     resumed, (model, vocabulary) = None, checkpoint.pretrained(init_from, dropout=0.0)

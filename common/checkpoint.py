@@ -323,7 +323,7 @@ def check_weights(checkpoint, path):
         raise UserError(f'{path} does not fit model.py: {"; ".join(problems)}')
     bad = [name for name, w in weights.items() if not (w.sum().isfinite() or w.isfinite().all())]  # a sum is quicker
     if bad:
-        raise UserError(f'{path}: {some(bad)} has values that are not finite')
+        raise UserError(f'{path}: {some(sorted(bad))} has values that are not finite')
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
@@ -363,10 +363,13 @@ def compare_settings(checkpoint, path, config, given):
                    if name in then and then[name] != now and name not in model | {'out_dir', 'init_from'}}
 
 
-def resume(path, config, given):
-    """The checkpoint at path, for a run that continues it: config, {name: value}, takes its model's settings, and what differs
-    is printed. given: the settings that the user set. Raises UserError for one that can't take effect."""
+def resume(path, config, given, script='train.py'):
+    """The checkpoint at path, for a run of this script that continues it: config, {name: value}, takes its model's settings,
+    and what differs is printed. given: the settings that the user set. Raises UserError for one that can't take effect."""
     saved = load(path, resume=True)
+    its = 'dpo.py' if 'reference' in saved else 'train.py'
+    if its != script:
+        raise UserError(f'{path} is of a run of {its}: --init_from={path} starts from its weights')
     taken, changed = compare_settings(saved, path, config, given)
     config.update(taken)
     if taken:

@@ -191,3 +191,5 @@ def test_a_resume_with_other_pairs_is_refused(dpo, inside, tmp_path, dataset):
     inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/text', '--max_iters=1')
     with pytest.raises(UserError, match='is of a run of train.py'):
         dpo('text', '--init_from=resume', '--optimizer=adamw')
+    with pytest.raises(UserError, match='is of a run of dpo.py'):
+        inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--init_from=resume')
