@@ -31,7 +31,8 @@ seeds = 5  # pairs at most
 
 SIZES = ['--n_layer=1', '--n_head=1', '--n_embd=16', '--block_size=32', '--batch_size=8', '--total_batch_size=256',
          '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=2', '--eval_interval=1000', '--eval_iters=8',
-         '--always_save_checkpoint=False', '--log_interval=1000', '--device=cpu', '--dtype=float32', '--compile=False']
+         '--hellaswag_interval=0', '--sample_interval=0', '--curves=False', '--always_save_checkpoint=False',
+         '--log_interval=1000', '--device=cpu', '--dtype=float32', '--compile=False']
 
 
 def loss(seed, folder):
