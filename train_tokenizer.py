@@ -4,8 +4,8 @@ A tokenizer of your own text: a folder that prepare_fineweb.py takes as --tokeni
     python train_tokenizer.py --data_files='corpus/*.jsonl' --vocab_size=32000 --out_dir=data/tok
     python prepare_fineweb.py --data_files='corpus/*.jsonl' --tokenizer=data/tok --out_dir=data/corpus
 
-The same files and settings give the same tokenizer (but for 'unigram', where the library adds up in random order). It
-prints how many bytes a token stands for in text held out, beside GPT-2's: more bytes make shorter sequences.
+The same files and settings give the same tokenizer. It prints how many bytes a token stands for in text held out, beside
+GPT-2's: more bytes make shorter sequences.
 """
 import json
 import os
@@ -70,8 +70,22 @@ def train(kind, vocab_size, texts):
     options |= dict(vocab_size=vocab_size, special_tokens=special + order, show_progress=False)
     new.train_from_iterator(texts, trainer(**options))
     content = json.loads(new.to_str())
+    if kind == 'unigram':
+        content['model']['vocab'] = sorted_pieces(content['model']['vocab'])
     content['added_tokens'] = [token for token in content['added_tokens'] if token['content'] in special]
     return json.dumps(content, ensure_ascii=False, indent=1).encode()
+
+
+def sorted_pieces(vocab):
+    """Unigram's vocabulary, [[piece, score], …], in an order that does not depend on the library's hash tables, in which it
+    adds up scores, and gives the characters that training has dropped scores of 0.0001 more each, from the lowest on."""
+    special, vocab = vocab[:1], [[piece, round(score, 6)] for piece, score in vocab[1:]]
+    lowest = min(score for _, score in vocab)
+    dropped = [entry for entry in vocab if len(entry[0]) == 1 and round((entry[1] - lowest) * 1e4, 2) % 1 == 0]
+    scores = sorted(score for _, score in dropped)
+    for entry, score in zip(sorted(dropped), scores):
+        entry[1] = score
+    return special + sorted(vocab, key=lambda entry: (-entry[1], entry[0]))
 
 
 def count_bytes(texts):
