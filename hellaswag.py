@@ -75,7 +75,7 @@ def load_items(path='', limit=0):
                     break
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}')
-    except (ValueError, TypeError, RecursionError) as error:  # not JSON, not UTF-8, or a label that is no number
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # no JSON, no UTF-8, no number
         raise UserError(f'{where}: not an item of HellaSwag: {error}')
     if not items:
         raise UserError(f'{path}: no items in it')

@@ -201,6 +201,7 @@ def test_command(tmp_path):
     ('3', ':2: not an item of HellaSwag'),
     (json.dumps({**ITEM, 'label': 4}), ':2: ctx must be a string, endings four strings, and label 0 to 3'),
     (json.dumps({**ITEM, 'label': 'x'}), ':2: not an item of HellaSwag: invalid literal'),
+    (json.dumps({**ITEM, 'label': float('inf')}), ':2: not an item of HellaSwag: cannot convert float infinity'),
     (json.dumps({**ITEM, 'endings': ['a', 'b', 'c']}), ':2: ctx must be'),
     (json.dumps({**ITEM, 'endings': ['a', 'b', 'c', 4]}), ':2: ctx must be'),
     (json.dumps({**ITEM, 'ctx': None}), ':2: ctx must be')])
