@@ -2,9 +2,9 @@
 How often compare.py claims a difference between a configuration and itself: real runs, which differ by their seed.
 
     python data/stdlib/prepare.py
-    python tests/bench_compare.py --comparisons=100
+    python tests/bench_compare.py
 
-At most 5 of 100 should. Trains tiny GPTs in this process, and draws the pairs of each comparison from them: different
+At most 5% of comparisons should. Trains tiny GPTs in this process, and draws the pairs of each comparison from them: different
 seeds, since the same would give the same run. Below comparisons * 2 * seeds runs, comparisons share some.
 """
 import contextlib
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from compare import LOOKS, interval
 from configurator import configure
 
-comparisons = 100
+comparisons = 10_000
 runs = 1000  # to draw from
 dataset = 'stdlib'
 max_iters = 20  # of 256 tokens
@@ -60,5 +60,6 @@ if __name__ == '__main__':
             if abs(mean) > half:
                 claims[look] += 1
                 break
-    print(f'{sum(claims.values())} false claims in {comparisons} comparisons of {max(claims)} pairs at most, from '
+    total = sum(claims.values())
+    print(f'{total} false claims in {comparisons:,} comparisons ({total / comparisons:.1%}) of {max(claims)} pairs at most, from '
           f'{runs} runs of standard deviation {np.std(losses):.4f}; by look: {claims}')

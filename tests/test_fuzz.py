@@ -329,7 +329,7 @@ CASES = [  # (name, make, read)
     ('txt', make_file('a.txt', '\n\n'.join(TEXTS).encode()), read_texts),
     ('pairs', make_file('pairs.jsonl', PAIRS.encode()), read_preferences),
     ('hellaswag', make_file('items.jsonl', ITEMS.encode()), read_items),
-    *((f'tokenizer.json, {kind}', make_tokenizer(kind), read_tokenizer) for kind in ('bpe', 'wordpiece', 'unigram')),
+    *((f'{kind} tokenizer.json', make_tokenizer(kind), read_tokenizer) for kind in ('bpe', 'wordpiece', 'unigram')),
     ('meta.pkl', make_file('meta.pkl', META), read_tokenizer),
 ]
 
