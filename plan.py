@@ -17,7 +17,7 @@ import torch
 
 from common import distributed, laws
 from common.device import GPUS
-from common.optimizers import muon_memory
+from common.optimizers import configure_optimizers, muon_memory
 from data.dataset import Split
 from data.loader import parse_mixture
 from model import GPT, GPTConfig
@@ -124,6 +124,7 @@ def report(config):
     distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'],
                              config['sharded_checkpoints'], planned=gpus)
     model = empty_model(config)
+    configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises for settings that do not fit together
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
@@ -145,14 +146,14 @@ def report(config):
         f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',
         *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
-        f'  {"":<10}{"GB":>5}{"hours":>11}{"GPU-hours":>11}{"cost":>12}  does it fit?']
+        f'  {"":<10}{"GB":>5}{"hours":>13}{"GPU-hours":>15}{"cost":>15}  does it fit?']
     for gpu, (peak, size) in GPUS.items():
         hours = flops / (peak * config['mfu']) / 3600
         change = remedy(model, config, gpus, USABLE * size * GB)
         fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
                else f'with {change}' if change else 'yes')
-        lines.append(f'  {gpu:<10}{size:>5}{hours / gpus:>11,.1f}{hours:>11,.1f}'
-                     f'{hours * config["gpu_hour_price"]:>12,.0f}  {fit}')
+        lines.append(f'  {gpu:<10}{size:>5}{hours / gpus:>13,.1f}{hours:>15,.1f}'
+                     f'{hours * config["gpu_hour_price"]:>15,.0f}  {fit}')
     return '\n'.join(lines)
 
 

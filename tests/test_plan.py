@@ -52,6 +52,13 @@ def test_a_plan_that_does_not_fit_names_settings_that_do():
     assert 'no: more GPUs' in plan('config/gpt2_xl.py', '--gpus=1', '--n_layer=200')
 
 
+def test_large_numbers_keep_their_columns_and_what_train_py_refuses_is_refused():
+    row = re.search(r'^  M1 Max .*$', plan('config/llama_7b.py', '--lora_rank=8', '--gpus=1'), re.MULTILINE)[0].split()
+    assert row[3] == row[4] and float(row[5].replace(',', '')) == pytest.approx(2 * float(row[4].replace(',', '')), rel=1e-3)
+    err = run('plan.py', 'config/llama_7b.py', '--lora_rank=8', '--optimizer=muon', expect=1).err
+    assert err == 'optimizer=muon is for whole matrices: lora_rank needs --optimizer=adamw\n'
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_memory_is_what_the_plan_says(dataset, tmp_path, layout):
     """Bytes of weights, gradients and optimizer on the fullest process, within 15%."""
