@@ -6,7 +6,7 @@ import math
 import torch
 
 from common.device import DTYPES, cpu_vector_kernels
-from data.conversation import encode
+from data.chatml import encode
 from data.errors import UserError
 
 

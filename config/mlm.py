@@ -13,7 +13,7 @@ n_head = 4
 n_embd = 128
 block_size = 128
 batch_size = 16
-total_batch_size = 4096  # tokens in a step, of which 15% are predicted
+total_batch_size = 4096  # tokens in a step; 15% are predicted
 
 learning_rate = 1e-3
 min_lr = 1e-4

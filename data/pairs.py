@@ -1,5 +1,5 @@
 """
-Preferences: two answers to a prompt, of which the first is better. They are read from jsonl files, in any of these forms:
+Preferences: two answers to a prompt, the better one first. They are read from jsonl files, in any of these forms:
 
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
     {"prompt": [message, …], "chosen": [message, …], "rejected": [message, …]}    messages as in data/conversation.py
@@ -8,7 +8,8 @@ Preferences: two answers to a prompt, of which the first is better. They are rea
 import numpy as np
 import torch
 
-from data.conversation import encode, json_files, to_messages
+from data.chatml import encode
+from data.conversation import json_files, to_messages
 from data.errors import UserError
 from data.files import Bad, read
 from data.loader import permute, stream_keys

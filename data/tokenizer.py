@@ -6,7 +6,7 @@ Tokenizers: text to token ids and back. get_tokenizer takes
     cl100k_base …  any encoding of tiktoken's
     data/tok       a tokenizer.json (byte-level BPE, WordPiece, Unigram …): its path, its folder, or a model on the hub
     meta.pkl       nanoGPT's characters: its path or its folder
-    gpt2+chatml …  any of these with the two tokens of ChatML, in which conversations are written (data/conversation.py)
+    gpt2+chatml …  any of these with the two tokens of ChatML, in which conversations are written (data/chatml.py)
 
     tokenizer = get_tokenizer('gpt2')
     tokenizer.encode('Hello world')  # array([15496, 995], dtype=uint16)
@@ -470,7 +470,7 @@ def with_chatml(tokenizer, files):
 
 
 def chatml_template(eot):
-    """What data.conversation.encode does, as a Jinja template for transformers; eot: how the end-of-text id is written."""
+    """What data.chatml.encode does, as a Jinja template for transformers; eot: how the end-of-text id is written."""
     message = f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] | trim + '{IM_END}\\n' }}}}"
     answer = f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
     return f'{eot}{{% for message in messages %}}{message}{{% endfor %}}{answer}'

@@ -16,7 +16,7 @@ import torch
 
 from common.checkpoint import load_model
 from common.generate import stream
-from data.conversation import encode
+from data.chatml import encode
 from data.tokenizer import get_tokenizer
 
 init_from = 'out-stdlib-chat/ckpt.pt'  # a .pt file

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
-from processes import ROOT, Script
+from processes import ROOT, Script, rank_environment
 
 SHARED = ROOT.parent / 'shared'
 if (SHARED / 'tiktoken').is_dir():
@@ -66,14 +66,12 @@ def finish(process, timeout=240):
     """Wait for a process that start() gave, and give it its stdout and stderr as text."""
     with ThreadPoolExecutor(2) as pool:
         texts = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
-        wait(texts, timeout)
-        try:
-            process.wait(0 if not all(text.done() for text in texts) else timeout)
-        except subprocess.TimeoutExpired:
+        if late := wait(texts, timeout).not_done:
             os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f'still running after {timeout} s:\n' + '\n'.join(text.result() for text in texts))
-        process.wait()
+        process.wait(timeout)
     process.out, process.err = (text.result() for text in texts)
+    if late:
+        pytest.fail(f'still running after {timeout} s:\n{process.out}\n{process.err}')
     return process
 
 
@@ -81,9 +79,7 @@ def run_ranks(script, *args, processes):
     """The script on several processes that join as under torchrun, which takes longer to start. Returns the first one,
     finished, with the output of all."""
     store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    ranks = {'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(store.port),
-             'TORCHELASTIC_USE_AGENT_STORE': 'True'}
-    started = [Script(command(script, *args)[1:], environment(RANK=str(r), LOCAL_RANK=str(r), **ranks))
+    started = [Script(command(script, *args)[1:], environment(**rank_environment(r, processes, store.port)))
                for r in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         for process in pool.map(finish, started):

@@ -86,6 +86,12 @@ def run_script(args, env, out, err):
         atexit._run_exitfuncs()
 
 
+def rank_environment(rank, world_size, port):
+    """What torchrun sets for a rank, with a store at this port."""
+    return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size), 'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+
+
 def on_processes(world_size, function, *args, timeout=60, init=True, missing=(), stderr=None):
     """[function(*args), or the exception that it raised, or None if it was ended] of each rank but the missing ones.
 
@@ -114,8 +120,7 @@ def on_processes(world_size, function, *args, timeout=60, init=True, missing=(),
 def work(rank, world_size, port, pipe, timeout, init, stderr, function, args):
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size), 'MASTER_ADDR': '127.0.0.1',
-                   'MASTER_PORT': str(port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+    os.environ |= rank_environment(rank, world_size, port)
     torch.set_num_threads(1)
     from common import distributed
     distributed.rank, distributed.local_rank, distributed.world_size = rank, rank, world_size

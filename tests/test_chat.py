@@ -13,7 +13,8 @@ import data.prepare
 from common import objectives
 from common.checkpoint import pretrained
 from common.generate import Conversation
-from data.conversation import best_fit, chat_tokenizer, encode, prepare_conversations
+from data.chatml import chat_tokenizer, encode
+from data.conversation import best_fit, prepare_conversations
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.loader import Loader

@@ -10,7 +10,7 @@ import torch
 
 from common import checkpoint, distributed, objectives
 from conftest import TINY, at_step, read_log, run_ranks
-from data.conversation import encode
+from data.chatml import encode
 from data.errors import UserError
 from data.pairs import collate, read_pairs, shuffled
 from data.tokenizer import get_tokenizer

@@ -27,7 +27,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import prepare as engine
-from data.conversation import chat_tokenizer, conversations, encode, prepare_conversations
+from data.chatml import chat_tokenizer, encode
+from data.conversation import conversations, prepare_conversations
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files

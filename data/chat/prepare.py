@@ -6,7 +6,7 @@ Conversations of your own, to finetune a GPT on: its answers are scored, everyth
     python sample.py --out_dir=out-chat --chat
 
 Each line of the files is one: {"messages": [{"role": "user", "content": "Hi"}, …]}, the same as "conversations" (MiniMind's,
-sharegpt's), or {"prompt": "Hi", "completion": "Hello"}; data/conversation.py says how they become tokens. Whole conversations
+sharegpt's), or {"prompt": "Hi", "completion": "Hello"}; data/chatml.py says how they become tokens. Whole conversations
 are packed into blocks, and one that is longer than a block loses its end. Those held out for validation are chosen by their
 questions: the same question is never on both sides.
 """

@@ -4,7 +4,7 @@ a download.
 
     python data/stdlib_chat/prepare.py
 
-What a function does, which one does that, and its signature: parsed from the source, of which nothing is run. The files
+What a function does, which one does that, and its signature: parsed from the source, and nothing of it is run. The files
 that data/stdlib holds out are held out here, so that a model of that dataset has not read them.
 
     train.jsonl, val.jsonl              the conversations, which become the dataset's shards
@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from configurator import configure
-from data.conversation import chat_tokenizer, encode, prepare_conversations
+from data.chatml import chat_tokenizer, encode
+from data.conversation import prepare_conversations
 from data.download import write
 from data.prepare import corpus_of
 from data.stdlib.prepare import files, held_out, read, root
