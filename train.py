@@ -35,8 +35,8 @@ from plot import redraw
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # checkpoints (ckpt.pt) and the log (log.jsonl)
-# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one), or the
-# weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
+# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one),
+# or the weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
 init_from = 'scratch'
 eval_interval = 250  # steps between evaluations, each with a checkpoint
 eval_tokens = 10_485_760  # tokens of validation data in an evaluation, always the same ones
@@ -299,8 +299,8 @@ def save(best=False):
 
 
 def claim_out_dir():
-    """Rename what an earlier run left in out_dir, or rewind this run's log, and start to write. This waits for the first
-    step: a start that fails leaves out_dir as it was."""
+    """Rename what an earlier run left in out_dir, or rewind this run's log, and start to write. This waits for the
+    first step: a start that fails leaves out_dir as it was."""
     if run_log and run_log.held is not None:
         log.archive_or_rewind(out_dir, resumed_path, first)
         checkpoint.keep_tokenizer(tokenizer, out_dir)
@@ -321,8 +321,8 @@ def finish_step(step, lr, numbers, data_s):
     seconds = finished - before
     durations.append(seconds)
     entry = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
-             'tokens_per_s': tokens_per_step / seconds, 'mfu': model.flops_per_token() * tokens_per_step / seconds / peak,
-             'skipped': skipped, 'data_ms': data_s * 1e3}
+             'tokens_per_s': tokens_per_step / seconds, 'skipped': skipped, 'data_ms': data_s * 1e3,
+             'mfu': model.flops_per_token() * tokens_per_step / seconds / peak}
     if 'cuda' in device:
         entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if step % log_interval == 0 or step == max_iters or skip:
@@ -332,15 +332,16 @@ def finish_step(step, lr, numbers, data_s):
     if bad_steps == max_bad_steps:
         checkpoint.wait()
         raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {loss:.4g}, norm '
-                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, '
+                        'if there is one')
     return bool(stop)
 
 
 def step_is_slow(seconds):
     """Tell the user early that a step takes longer than a minute, and what makes it shorter."""
     if seconds > 60:
-        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of {batch_size} x '
-               f'{block_size} tokens; a smaller total_batch_size, block_size or model is faster')
+        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of '
+               f'{batch_size} x {block_size} tokens; a smaller total_batch_size, block_size or model is faster')
 
 
 items, why_none = hellaswag.items_of_run(config, given)
@@ -354,7 +355,7 @@ print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {m
 run_log = None
 if saving:
     lock = lock or files.lock(out_dir)
-    trackers = log.start_trackers(f'{log_to},wandb' if wandb_log else log_to, wandb_project, wandb_run_name, config, out_dir, step)
+    trackers = log.start_trackers(log_to + ',wandb' * wandb_log, wandb_project, wandb_run_name, config, out_dir, step)
     run_log = log.Log(os.path.join(out_dir, 'log.jsonl'), trackers, hold=True)
 write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
            'data': train_data.state_dict()})
