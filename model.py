@@ -262,7 +262,6 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self.activation_checkpointing = False  # True: recompute each block in the backward pass, to save memory
-        self.bfloat16_residual = False  # True: inside autocast the residual stream is bfloat16, not float32
         self.init_weights()
         self.init_rope()
         if config.lora_rank:
@@ -345,8 +344,9 @@ class GPT(nn.Module):
             rope = [table[positions].unsqueeze(-3) for table in (self.rope_cos, self.rope_sin)]  # ([B,] 1, T, D/2)
         if self.config.embedding_norm:
             x = self.transformer.ln_e(x)
-        if self.bfloat16_residual and torch.is_autocast_enabled(idx.device.type):
-            x = x.bfloat16()
+        kind = idx.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream: half the memory traffic, and no loss (tests/BENCHMARKS.md)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             if self.activation_checkpointing and self.training:

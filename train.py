@@ -117,7 +117,6 @@ parallel = 'ddp'  # 'zero1' shards the optimizer state over processes, 'fsdp' we
 replicas = 1  # with fsdp: number of model replicas (HSDP); one per node reduces traffic
 sharded_checkpoints = False  # with fsdp: each process writes its shards, into a folder beside ckpt.pt
 cpu_offload = False  # with fsdp: weights and optimizer state stay in CPU memory between uses
-bfloat16_residual = False  # with dtype=bfloat16: the residual stream too, which saves memory traffic
 activation_checkpointing = False  # recompute each block in the backward pass, to save activation memory
 dist_timeout = 600  # abort after waiting this many seconds for a missing rank
 backend = 'auto'  # of torch.distributed: nccl for GPUs, gloo for CPUs
@@ -184,7 +183,7 @@ def get_model():
 
 try:
     model, resumed, resumed_path = get_model()
-    model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
+    model.activation_checkpointing = activation_checkpointing
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
     criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled,
