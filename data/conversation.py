@@ -66,7 +66,7 @@ def to_messages(row):
         if not isinstance(role, str) or role not in ROLES:
             return Bad(f'the role {role!r:.40} is not one of {", ".join(ROLES)}')
         if not isinstance(content, str):
-            return Bad(f'the content of the role {role} is of type {type(content).__name__}, not a string')
+            return Bad(f'the content of the role {role} is of type {type(content).__name__}, not a string: only text is read')
         messages.append({'role': ROLES[role], 'content': content})
     return messages
 
