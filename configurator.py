@@ -61,7 +61,9 @@ UNUSED = (
     ('lora_alpha', lambda c: not c['lora_rank'], 'lora_rank is 0'),
     ('backend dist_timeout', lambda c: c['processes'] == 1, 'there is one process'),
     ('hellaswag_limit hellaswag_data', lambda c: not c['hellaswag_interval'], 'hellaswag_interval is 0'),
-    ('wandb_project wandb_run_name', lambda c: not c['wandb_log'] and 'wandb' not in c['log_to'], 'wandb_log is False'),
+    ('wandb_project', lambda c: not uses_wandb(c), 'wandb_log is False'),
+    ('wandb_run_name', lambda c: not uses_wandb(c) and given['wandb_run_name'][0] == '-',  # each config file has one
+     'wandb_log is False'),
 )
 PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
          'data_files', 'pairs', 'val_pairs')
@@ -131,13 +133,18 @@ def check_ranges(config, defaults):
     if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
         raise UserError(f'min_lr={config["min_lr"]} must be at most learning_rate={config["learning_rate"]}')
 
+def uses_wandb(config):
+    return config['wandb_log'] or 'wandb' in config['log_to']
+
 def unused(config):
     """Lines on the settings that were given and have no effect. config: train.py's, and 'processes'."""
     for names, without, reason in UNUSED:
-        if without(config) and (names := [name for name in names.split() if name in given]):
+        names = [name for name in names.split() if name in given]
+        if names and without(config):
             yield f'not used: {", ".join(names)} ({reason.format(**config)})'
     if config['decay_lr'] and config['warmup_iters'] > config['max_iters']:
-        yield f'warmup_iters={config["warmup_iters"]} is longer than the run (max_iters={config["max_iters"]})'
+        yield f'warmup_iters={config["warmup_iters"]} is longer than the run (max_iters={config["max_iters"]}), ' \
+              'which ends before the learning rate is at its peak'
 
 def settings_of(file):
     """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""

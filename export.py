@@ -9,7 +9,10 @@ One page, to send around:   python export.py --out_dir=out --html=gpt.html
 The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py have.
 """
 
+import os
+
 from configurator import UserError, configure
+
 from common import convert, page
 from common.checkpoint import load_model
 from data.tokenizer import get_tokenizer
@@ -25,9 +28,11 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 
 if bool(folder) == bool(html):
-    raise UserError('either --folder=FOLDER or --html=FILE.html says where to write')
+    raise UserError('give --folder=FOLDER or --html=FILE.html')
 if folder:
     convert.check_folder(folder)
+elif not os.path.isdir(os.path.dirname(html) or '.'):
+    raise UserError(f'html={html} cannot be written: there is no such folder')
 model, tokenizer = load_model(init_from, out_dir, device='cpu')
 size = f'{model.get_num_params() / 1e6:.2f}M parameters'
 if folder:
