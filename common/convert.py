@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from common.device import DTYPES
 from common.files import reason
+from data.atomic import atomic_write
 from data.errors import UserError, some
 from data.tokenizer import CHATML, TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
@@ -422,7 +423,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
             weights[key] = turn(family, key, part, config).to(DTYPES[dtype]).contiguous()
             if not weights[key].isfinite().all():
                 raise UserError(f'{key} has values that are not finite' + f' in {dtype}' * bool(part.isfinite().all()))
-    files = tokenizer_files(tokenizer, config.block_size) | {'config.json': hf}
+    files = {'config.json': hf} | tokenizer_files(tokenizer, config.block_size)  # config.json makes the folder a model
     write_folder(Path(folder).expanduser(), weights, files)
 
 
@@ -444,24 +445,20 @@ def check_exportable(config, name):
 
 
 def write_folder(folder, weights, files):
-    """Write model.safetensors and files {name: JSON object, text or bytes}, which get their places once all are
-    complete; config.json, which makes the folder a model, is the last."""
+    """Write model.safetensors and files {name: JSON object or bytes}, which get their places once all are complete, in
+    reverse: the first of the files is the last."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            save_file(weights, Path(temporary, 'model.safetensors'), metadata={'format': 'pt'})
+        with ExitStack() as stack:
             for file, content in files.items():
                 if isinstance(content, dict):
-                    content = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
-                Path(temporary, file).write_bytes(content if isinstance(content, bytes) else content.encode())
-            written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == 'config.json')
-            for path in written:
-                with open(path, 'rb+') as f:
-                    os.fsync(f.fileno())
-            for path in written:
-                os.replace(path, folder / path.name)
+                    content = (json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode()
+                f = stack.enter_context(atomic_write(folder / file))
+                f.write(content)
+                f.flush()  # a full disk is known before any file gets its place
+            save_file(weights, stack.enter_context(atomic_write(folder / 'model.safetensors')).name, {'format': 'pt'})
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None
 

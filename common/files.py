@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import socket
-import uuid
 from pathlib import Path
 
 import filelock
 
+from data.atomic import atomic_write
 from data.errors import UserError
 
 LOCK = '.lock'  # in out_dir
@@ -44,23 +44,6 @@ def lock(out_dir, timeout=0):
             if TEMPORARY.fullmatch(leftover.name):
                 leftover.unlink()
     return held
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """A binary file to write to, which replaces path once it is complete and on the disk. A failure leaves path as it
-    was, and no temporary file."""
-    temporary = Path(f'{path}.{uuid.uuid4().hex[:12]}.tmp')
-    try:
-        with open(temporary, 'xb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a read-only file system: the next lock() removes it
-            temporary.unlink()
-        raise
 
 
 def copy(source, path):

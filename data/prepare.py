@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
+from data.atomic import TEMPORARY, write
 from data.dataset import START_OVER, check_entries, listed_shard, no_meta
-from data.download import TEMPORARY, write
 from data.errors import UserError
 from data.tokenizer import get_tokenizer, keep_files, to_record
 from data.workers import in_order, interruptible, workers
