@@ -47,13 +47,9 @@ def empty_model(config):
 
 def predicted_loss(n, n_non_embedding, tokens):
     """(Chinchilla's, Kaplan's) nats per token after training n parameters on `tokens` tokens, each for its own text
-    and tokens of about four characters.
-
-    Hoffmann et al. 2022 (arXiv:2203.15556), equation 10; Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5.
-    """
-    chinchilla = 1.69 + 406.4 / n**0.34 + 410.7 / tokens**0.28
+    and tokens of about four characters. Kaplan et al. 2020, arXiv:2001.08361, equation 1.5."""
     kaplan = ((6.4e13 / n_non_embedding)**(0.076 / 0.103) + 1.8e13 / tokens)**0.103
-    return chinchilla, kaplan
+    return laws.EQUATION_10.loss(n, tokens), kaplan
 
 
 def memory(model, config, gpus):

@@ -76,12 +76,8 @@ def save(checkpoint, out_dir, best=False, keep=0):
 
 def keep_tokenizer(tokenizer, out_dir):
     """Write the files of a tokenizer that has some into out_dir, where load finds them."""
-    def write(path, content):
-        with files.atomic_write(path) as f:
-            f.write(content)
-
     try:
-        keep_files(tokenizer, out_dir, write)
+        keep_files(tokenizer, out_dir)
     except OSError as error:
         raise UserError(f'the tokenizer cannot be written into {out_dir}: {files.reason(error)}') from None
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import filelock
 
-from data.atomic import atomic_write
+from data.atomic import atomic_write, remove_leftovers
 from data.errors import UserError
 
 LOCK = '.lock'  # in out_dir
-# what a killed atomic_write leaves
-TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)\.[0-9a-f]{12}\.tmp')
 
 
 def lock(out_dir, timeout=0):
@@ -40,9 +38,7 @@ def lock(out_dir, timeout=0):
     with contextlib.suppress(OSError):  # a full disk
         if isinstance(held, filelock.UnixFileLock):
             path.write_text(f'pid {os.getpid()} on {socket.gethostname()}\n')
-        for leftover in path.parent.iterdir():
-            if TEMPORARY.fullmatch(leftover.name):
-                leftover.unlink()
+        remove_leftovers(path.parent, r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)')
     return held
 
 

@@ -42,7 +42,8 @@ def power(n0, flops0, exponent):
     return optimum
 
 
-CHINCHILLA = Law(1.6934, 406.4, 0.3392, 410.7, 0.2849)  # section D.3; two more digits than equation 10, from its source
+CHINCHILLA = Law(1.6934, 406.4, 0.3392, 410.7, 0.2849)  # section D.3, with two more digits, from its source: its optima
+EQUATION_10 = Law(1.69, 406.4, 0.34, 410.7, 0.28)  # the same fit as printed: its losses, such as 1.94 for Chinchilla
 REFIT = Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)
 OPTIMA = {  # exponents of table 2, points of tables 3 and A3
     'Hoffmann et al. 2022, approach 1 (training curves)': power(1e9, 1.21e20, 0.50),

@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
-from data.atomic import TEMPORARY, write
+from data.atomic import remove_leftovers, write
 from data.dataset import START_OVER, check_entries, listed_shard, no_meta
 from data.errors import UserError
 from data.tokenizer import get_tokenizer, keep_files, to_record
 from data.workers import in_order, interruptible, workers
 
+TEMPORARY = '.prepare-'  # begins the names of files in the making
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
 FIRST = TEMPORARY + 'first.npy'  # the first shard, until the number of tokens tells how much of it is for validation
 
@@ -67,12 +68,13 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
                 num_proc = num_proc or cores()
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
-                spec = keep_files(tokenizer, out_dir, write)
+                spec = keep_files(tokenizer, out_dir)
                 work = functools.partial(encode or functools.partial(tokenize, clean=clean, dedup=dedup), tokenizer=spec)
                 write_shards(out_dir, corpora, state, spec, work, num_proc, total, check_interrupt)
                 state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
+            remove_leftovers(out_dir, r'\w+\.jsonl?')
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'interrupted: the same command continues after the last complete shard in {out_dir}'
                                 ) from None
