@@ -8,8 +8,8 @@ with which another call continues right after them; corpus(None) starts at the b
 come back, in order, as token ids, which fill shards of `shard_size` tokens.
 
 A shard gets its name when it is complete and on the disk, and progress.json then records where in the corpus it ends,
-so that a killed run continues from there. meta.json comes last: a folder that has one is complete. Everything else
-that is written has a name that begins with `.prepare-`, and nothing else is ever removed.
+so that a killed run continues from there. meta.json comes last: a folder that has one is complete. Until then all that
+is written has a temporary name, and nothing else is ever removed.
 """
 import collections
 import contextlib
@@ -45,7 +45,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     max_tokens: stop after this many tokens (0: no limit); num_proc: workers (0: one per core)
     clean, dedup ('', 'exact', 'minhash'): see data/clean.py
     total: the number of documents, if it is known, for the progress bar
-    encode: what a worker does instead of tokenize, without clean and dedup; ids with a mask are (n,) of fields id and scored
+    encode: what a worker does instead of tokenize, without clean and dedup; ids with a mask are (n,) of fields id and
+    scored
 
     Returns what meta.json holds. Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
@@ -69,7 +70,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
                 spec = keep_files(tokenizer, out_dir)
-                work = functools.partial(encode or functools.partial(tokenize, clean=clean, dedup=dedup), tokenizer=spec)
+                encode = encode or functools.partial(tokenize, clean=clean, dedup=dedup)
+                work = functools.partial(encode, tokenizer=spec)
                 write_shards(out_dir, corpora, state, spec, work, num_proc, total, check_interrupt)
                 state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
@@ -92,7 +94,7 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
     shard_size, max_tokens = settings['shard_size'], settings['max_tokens']
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
-    written = sum(entry['tokens'] for entry in shards)
+    written = count_tokens(shards)
     shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
     def close_shard():
@@ -134,14 +136,13 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
             check_interrupt()
             if shard.tokens:
                 close_shard()
-            if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
+            if count_tokens(shards, split) < (1 if split else 2):
                 raise UserError(f'{out_dir}: too little text{" for validation" * (split == "val")} in '
                                 + describe(resume['counts']))
             if not split:
                 cut_first(out_dir, shard, shards)
             resume = {**resume, 'split': order[order.index(split) + 1], 'corpus': None, 'skip': 0}
             save_progress()
-    shard.close_files()
     state['resume'] = resume
 
 
@@ -226,7 +227,8 @@ class ShardWriter:
 
     def write_header(self, file, dtype):  # of the same length for any number: numpy leaves room for it to grow
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {'descr': dtype.str, 'fortran_order': False, 'shape': (self.tokens,)})
+        header = {'descr': dtype.str, 'fortran_order': False, 'shape': (self.tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
 
     def write(self, tokens):
         """tokens: (n,) ids, or (n,) with the fields id and scored."""
@@ -256,10 +258,6 @@ class ShardWriter:
             entry['mask_sha256' if suffix else 'sha256'] = sha256.hexdigest()
         self.begin()
         return entry
-
-    def close_files(self):
-        for file, _ in self.files.values():
-            file.close()
 
 
 @contextlib.contextmanager
