@@ -360,8 +360,8 @@ def compare_settings(checkpoint, path, config, given):
 
 
 def resume(path, config, given, script='train.py'):
-    """The checkpoint at path, for a run of this script that continues it: config, {name: value}, takes its model's settings,
-    and what differs is printed. given: the settings that the user set. Raises UserError for one that can't take effect."""
+    """The checkpoint at path, for a run of this script that continues it: config, {name: value}, takes its model's
+    settings, and what differs is printed. given: as for compare_settings, which raises UserError."""
     saved = load(path, resume=True)
     its = 'dpo.py' if 'reference' in saved else 'train.py'
     if its != script:
@@ -371,7 +371,8 @@ def resume(path, config, given, script='train.py'):
     if taken:
         print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
     if changed:
-        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+        lines = (f'{name}={now} (was {then})' for name, (then, now) in changed.items())
+        print0(f'changed since {path}: {", ".join(lines)}')
     return saved
 
 
