@@ -120,7 +120,7 @@ def report(config):
     distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'],
                              config['sharded_checkpoints'], planned=gpus)
     model = empty_model(config)
-    configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises for settings that do not fit together
+    configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises if they do not fit together
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)

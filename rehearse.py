@@ -94,7 +94,7 @@ def check_data(config, step):
     train, val = (Loader(config['dataset'], split, config['batch_size'], config['block_size'], seed=config['seed'],
                          shuffle=config['shuffle'] and split == 'train') for split in ('train', 'val'))
     tokens = sum(data.n_tokens for data in train.splits)
-    return train, (f'{config["dataset"]}: {tokens:,} tokens, of which the run reads {config["max_iters"] * step:,}; '
+    return train, (f'{config["dataset"]}: {tokens:,} tokens, and the run reads {config["max_iters"] * step:,}; '
                    f'{sum(data.n_tokens for data in val.splits):,} to validate on')
 
 
