@@ -171,10 +171,6 @@ class Loader:
         return {name: {'share': drawn / max(1, sum(self.drawn)), 'epochs': drawn / n}
                 for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
-    def fingerprint(self):
-        """{dataset: {shard: its sha256, or size and modification time}}: what tells this data from other data."""
-        return {name: data.fingerprint() for name, data in zip(self.names, self.splits)}
-
     def state_dict(self):
         """For each dataset, the position, what the order depends on, and the shards' fingerprints: plain integers and
         strings. Batches that are only prefetched don't count."""
