@@ -175,8 +175,8 @@ def resume_path(init_from, out_dir):
     return init_from.removeprefix('resume:') if init_from.startswith('resume:') else None
 
 
-def load(path, device='cpu', resume=False):
-    """The checkpoint at path, checked as a whole: its bytes, its entries, and that its weights fit model.py.
+def load(path, resume=False):
+    """The checkpoint at path, on the CPU, checked as a whole: bytes, entries, and that its weights fit model.py.
 
     resume: it must also hold what continuing a run needs. Raises UserError that names the file and the problem.
     """
@@ -190,7 +190,7 @@ def load(path, device='cpu', resume=False):
     peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]
     try:  # no other class is let in
         with torch.serialization.safe_globals(peers):
-            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path} is not a readable checkpoint: it holds objects that are neither tensors nor plain '
                         'values, and these are not loaded, since that could run code') from None
