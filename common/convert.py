@@ -128,7 +128,7 @@ def layout(family, config):
     return tensors
 
 
-def rows(ours, theirs, shape, config):
+def rows(theirs, shape, config):
     """How many rows of our tensor each of theirs has."""
     if len(theirs) == 3:  # queries, keys, values
         return [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
@@ -196,8 +196,8 @@ def read_tensors(name):
         if not index:
             old = any(find(name, f'pytorch_model.bin{end}', optional=True) for end in ('', '.index.json'))
             raise UserError(f'{name} holds no model.safetensors' + (
-                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers '
-                'writes one' if old else ': a folder written by save_pretrained does'))
+                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of '
+                'transformers writes one' if old else ': a folder written by save_pretrained does'))
         parts = read_json(index).get('weight_map')
         parts = list(parts.values()) if isinstance(parts, dict) else [None]
         if not all(isinstance(part, str) and re.fullmatch(r'[\w-][\w.-]*\.safetensors', part) for part in parts):
@@ -265,7 +265,7 @@ def translate(name, family, config, theirs, biases):
     weights = {}
     for ours, (shape, keys) in expected.items():
         parts = []
-        for key, n in zip(keys, rows(ours, keys, shape, config)):
+        for key, n in zip(keys, rows(keys, shape, config)):
             w, wanted = theirs[key], turn(family, key, torch.empty(n, *shape[1:], device='meta'), config).shape
             if w.shape != wanted:
                 raise UserError(f'{name}: {key} has the shape {tuple(w.shape)}, and config.json asks for '
@@ -419,7 +419,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     weights = {}
     for ours, (shape, keys) in layout(family, replace(config, bias=config.bias or not family.biases)).items():
         w = state_dict[ours] if ours in state_dict else torch.zeros(shape)  # transformers' GPT-2 always has biases
-        for key, part in zip(keys, w.split(rows(ours, keys, shape, config))):
+        for key, part in zip(keys, w.split(rows(keys, shape, config))):
             weights[key] = turn(family, key, part, config).to(DTYPES[dtype]).contiguous()
             if not weights[key].isfinite().all():
                 raise UserError(f'{key} has values that are not finite' + f' in {dtype}' * bool(part.isfinite().all()))
