@@ -140,9 +140,12 @@ def resample(n, d, loss, law, times=200, seed=0):
     return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start, steps=40), draws[..., R]
 
 
-def predict(law, laws, noise, n, d, level=0.9):
-    """(loss, low, high) of a run of n parameters and d tokens that none of the fits has seen: the bounds of an interval
-    that holds its loss with probability `level`, from resample's laws and noise."""
-    losses = (laws.loss(n, d).log() + noise).exp()
-    low, high = losses.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=-1)
-    return law.loss(n, d), low, high
+def interval(samples):
+    """(low, high) between which 90% of the samples (…, times) lie."""
+    return samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=-1)
+
+
+def predict(law, laws, noise, n, d):
+    """(loss, low, high) of a run of n parameters and d tokens that none of the fits has seen: the bounds of its 90%
+    interval, from resample's laws and noise."""
+    return law.loss(n, d), *interval((laws.loss(n, d).log() + noise).exp())
