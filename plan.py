@@ -172,15 +172,14 @@ def optima(budget, fit):
 if __name__ == '__main__':
     config = configure(globals(), base='train.py')
     if budget or fit:
-        ignored = ', '.join(name for name in given if name not in ('budget', 'fit'))
         if not 0 < budget < math.inf:
             raise UserError(f'fit={fit} needs a budget: --budget=1e19' if not budget else
                             f'budget={budget} must be a number of FLOPs above 0')
-        if ignored:
-            raise UserError(f'with budget no run is planned: {ignored} would be ignored')
+        if ignored := [name for name in given if name not in ('budget', 'fit')]:
+            raise UserError(f'with budget no run is planned: {", ".join(ignored)} would be ignored')
         print(optima(budget, fit))
-        raise SystemExit
-    try:
-        print(report(config))
-    except ValueError as error:
-        raise UserError(error) from None
+    else:
+        try:
+            print(report(config))
+        except ValueError as error:
+            raise UserError(error) from None
