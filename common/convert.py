@@ -458,7 +458,10 @@ def write_folder(folder, weights, files):
                 f = stack.enter_context(atomic_write(folder / file))
                 f.write(content)
                 f.flush()  # a full disk is known before any file gets its place
-            save_file(weights, stack.enter_context(atomic_write(folder / 'model.safetensors')).name, {'format': 'pt'})
+            f = stack.enter_context(atomic_write(folder / 'model.safetensors'))
+            save_file(weights, f.name, {'format': 'pt'})
+            with open(f.name, 'rb+') as written:  # in place of f: save_file may have replaced it
+                os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None
 
