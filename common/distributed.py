@@ -102,8 +102,7 @@ def join(timeout):
     """The part of torchrun's store that these processes share with no earlier ones. Raises UserError that names who is
     missing.
 
-    torchrun hands the same store to the processes that it starts after a failure, and the store still holds keys of
-    the failed attempt. Its env:// rendezvous leaves them in place, and TORCHELASTIC_RESTART_COUNT is no prefix to
+    After a failure the store still holds keys of the failed attempt, and TORCHELASTIC_RESTART_COUNT is no prefix to
     tell attempts apart: each agent counts its own restarts (pytorch/pytorch#135712). So rank 0 draws a name for the
     attempt, and gives it to each process that asks under a name of its own.
     """
