@@ -40,7 +40,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         idx = idx[:, -1:].where(torch.arange(T, device=device) < empty, idx)
     max_len = min(T + max_new_tokens, block_size)
     if cache is None:
-        cache = model.new_cache(B, -(-max_len // 64) * 64 if cuda_graph else max_len, device)  # aligned, for masked kernels
+        length = -(-max_len // 64) * 64 if cuda_graph else max_len  # aligned, for masked kernels
+        cache = model.new_cache(B, length, device)
     new, step = idx[:, cache[0].length:], None
     for i in range(max_new_tokens):
         S = min(T + i, block_size)  # columns in the window
@@ -67,8 +68,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
 
 
 class Conversation:
-    """A conversation with a model that knows its tokenizer's chat template. Its keys and values stay in a cache: of each
-    question and answer only the new tokens are computed.
+    """A conversation with a model that knows its tokenizer's chat template. Its keys and values stay in a cache: only
+    the new tokens of a question and its answer are computed.
 
     note: what the user is to know of the last answer, a line, often empty
     """
@@ -81,8 +82,9 @@ class Conversation:
         self.turns = []  # the ids of each question and its answer
 
     def ask(self, text, max_new_tokens, **options):
-        """Yield the ids of the answer; options: those of stream. Closed early, the answer ends there. Where the context is
-        full, the oldest turns are dropped and the rest is computed again. Raises UserError if the text does not fit."""
+        """Yield the ids of the answer; options: those of stream. Closed early, the answer ends there. Where the context
+        is full, the oldest turns are dropped and the rest is computed again. Raises UserError if the text does not fit.
+        """
         block_size, before = self.model.config.block_size, len(self.turns)
         question = encode([{'role': 'user', 'content': text}], self.tokenizer, answer=True)[0].tolist()[1:]
         room = block_size - 1 - len(question)
@@ -92,7 +94,8 @@ class Conversation:
             self.turns.pop(0)
             self.forget_after(0)
         dropped, answer, end = before - len(self.turns), [], (self.tokenizer.im_end, self.tokenizer.eot)
-        idx = torch.tensor([[self.eot, *itertools.chain(*self.turns), *question]], device=self.cache[0].k.device)  # (1, T)
+        ids = [self.eot, *itertools.chain(*self.turns), *question]
+        idx = torch.tensor([ids], device=self.cache[0].k.device)  # (1, T)
         known, limit = self.cache[0].length, min(max_new_tokens, block_size - idx.size(1))
         try:
             for new in stream(self.model, idx, limit, cache=self.cache, **options):
@@ -107,8 +110,8 @@ class Conversation:
             self.turns.append(question + answer + [self.tokenizer.im_end, *self.tokenizer.encode('\n').tolist()])
             self.note = '' if ended else f'… (cut at {limit} tokens)'
             if dropped:
-                self.note += (f' (the context of {block_size} tokens is full: the {dropped} oldest of {before} questions '
-                              'are forgotten)')
+                self.note += (f' (the context of {block_size} tokens is full: the {dropped} oldest of {before} '
+                              'questions are forgotten)')
 
     def forget_after(self, length):
         for layer in self.cache:

@@ -15,10 +15,10 @@ from data.tokenizer import tokenizer_name
 class Objective:
     """What train.py's settings, {name: value}, ask of a model with this GPTConfig and tokenizer, on the device.
 
-    With a teacher, (1 - teacher_weight) * cross-entropy + teacher_weight * KL divergence from its distribution (Hinton et
-    al. 2015, arXiv:1503.02531); every process has the whole teacher. documents: a Tokenizer, whose end-of-text id separates
-    documents that don't attend to each other; None: they do. Raises UserError for a model, a teacher or a tokenizer that
-    does not fit.
+    With a teacher, (1 - teacher_weight) * cross-entropy + teacher_weight * KL divergence from its distribution (Hinton
+    et al. 2015, arXiv:1503.02531); every process has the whole teacher. documents: a Tokenizer, whose end-of-text id
+    separates documents that don't attend to each other; None: they do. Raises UserError for a model, a teacher or a
+    tokenizer that does not fit.
     """
 
     def __init__(self, config, model_config, tokenizer, device, compiled=False, documents=None):
@@ -28,7 +28,8 @@ class Objective:
             raise UserError(f'objective={config["objective"]}: the weights are of a model that ' +
                             ('predicts the next token' if self.mlm else 'fills masks, which is --objective=mlm'))
         if self.mlm and model_config.padded_vocab_size == self.vocab_size:
-            raise UserError(f'objective=mlm: {tokenizer} has {self.vocab_size} tokens, a multiple of 64, and so no id for a mask')
+            raise UserError(f'objective=mlm: {tokenizer} has {self.vocab_size} tokens, a multiple of 64, and so no id '
+                            'for a mask')
         self.documents, self.create_mask = documents, None
         if documents:
             if self.mlm:
@@ -142,11 +143,11 @@ def log_probs(model, x, y):
 
 
 def preference_loss(policy, reference, beta, kind='dpo'):
-    """(losses, reward margins), (B,) float32 each, of log_probs (2, B) of the chosen and the rejected answers by the model that
-    is trained and by the one that it started from.
+    """(losses, reward margins), (B,) float32 each, of log_probs (2, B) of the chosen and the rejected answers by the
+    model that is trained and by the one that it started from.
 
-    'dpo': equation 7 of Rafailov et al. 2023, arXiv:2305.18290. 'ipo': equation 17 of Azar et al. 2023, arXiv:2310.12036,
-    whose tau is beta.
+    'dpo': equation 7 of Rafailov et al. 2023, arXiv:2305.18290. 'ipo': equation 17 of Azar et al. 2023,
+    arXiv:2310.12036, whose tau is beta.
     """
     chosen, rejected = policy - reference
     h = chosen - rejected

@@ -1,8 +1,8 @@
 """
 Conversations: read from files, and packed into the blocks of a dataset.
 
-A conversation is a list of messages {'role': 'system', 'user' or 'assistant', 'content': text}; data/chatml.py writes it
-as token ids.
+A conversation is a list of messages {'role': 'system', 'user' or 'assistant', 'content': text}; data/chatml.py writes
+it as token ids.
 """
 import bisect
 import collections
@@ -18,7 +18,7 @@ from data.files import READERS, Bad, find_files, read, read_json
 from data.prepare import prepare
 from data.tokenizer import CHATML, get_tokenizer
 
-ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant', 'human': 'user', 'gpt': 'assistant'}  # sharegpt's
+ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant', 'human': 'user', 'gpt': 'assistant'}
 
 # -----------------------------------------------------------------------------
 # from files
@@ -41,7 +41,7 @@ def conversations(paths):
 
 
 def json_files(paths):
-    """The json and jsonl files that glob patterns name, with commas between or in a list. Raises UserError for others."""
+    """The json and jsonl files that glob patterns name, in a list or with commas. Raises UserError for others."""
     files = find_files(paths if isinstance(paths, str) else ','.join(map(str, paths)), 'input')
     for path in files:
         end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
@@ -84,9 +84,9 @@ def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options)
     work = functools.partial(pack, block_size=block_size)
     meta = prepare(out_dir, train, val, spec, settings=settings, encode=work, **options)
     counts, total = meta['documents'], sum(meta['tokens'].values())
-    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the tokens '
-          f'are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a block '
-          f'are cut, {counts["no_answer"]:,} without an answer are dropped')
+    print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the '
+          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer '
+          f'than a block are cut, {counts["no_answer"]:,} without an answer are dropped')
     return meta
 
 
@@ -117,7 +117,7 @@ def pack(texts, tokenizer, block_size):
 
 
 def best_fit(lengths, size):
-    """Lists of indices of lengths that sum to at most `size`: the longest first, each where it leaves the least room."""
+    """Lists of indices of lengths that sum to at most `size`: the longest first, each where it fits best."""
     groups, rooms = [], []  # rooms: (room left, group), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(rooms, (lengths[i],))

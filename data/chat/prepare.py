@@ -5,10 +5,10 @@ Conversations of your own, to finetune a GPT on: its answers are scored, everyth
     python train.py config/finetune_chat.py
     python sample.py --out_dir=out-chat --chat
 
-Each line of the files is one: {"messages": [{"role": "user", "content": "Hi"}, …]}, the same as "conversations" (MiniMind's,
-sharegpt's), or {"prompt": "Hi", "completion": "Hello"}; data/chatml.py says how they become tokens. Whole conversations
-are packed into blocks, and one that is longer than a block loses its end. Those held out for validation are chosen by their
-questions: the same question is never on both sides.
+Each line of the files is one: {"messages": [{"role": "user", "content": "Hi"}, …]}, the same as "conversations"
+(MiniMind's, sharegpt's), or {"prompt": "Hi", "completion": "Hello"}; data/chatml.py says how they become tokens. Whole
+conversations are packed into blocks, and one that is longer than a block loses its end. Those held out for validation
+are chosen by their questions: the same question is never on both sides.
 """
 import json
 import os
@@ -24,7 +24,7 @@ from data.files import Bad, corpus_of_files
 input = ''  # patterns as 'a/*.jsonl.gz,b/**/*.json'; json or jsonl, also as .gz or .zst
 held_out = 20  # one question in N is for validation
 skip_bad = False  # skip lines that are no conversations and count them, rather than stop and name the first
-tokenizer = 'gpt2'  # that of the weights to finetune: 'bytes', a folder with a tokenizer.json …; gets ChatML's two tokens
+tokenizer = 'gpt2'  # of the weights to finetune: 'bytes', a folder with a tokenizer.json …; gets ChatML's two tokens
 block_size = 1024  # tokens in a block: what train.py is given as --block_size
 out_dir = ''  # the dataset's folder; empty: the one of this script
 shard_size = 100_000_000  # tokens

@@ -4,8 +4,8 @@ a download.
 
     python data/stdlib_chat/prepare.py
 
-What a function does, which one does that, and its signature: parsed from the source, and nothing of it is run. The files
-that data/stdlib holds out are held out here, so that a model of that dataset has not read them.
+What a function does, which one does that, and its signature: parsed from the source, and nothing of it is run. The
+files that data/stdlib holds out are held out here, so that a model of that dataset has not read them.
 
     train.jsonl, val.jsonl              the conversations, which become the dataset's shards
     pairs_train.jsonl, pairs_val.jsonl  for dpo.py: the true answer, and another function's
@@ -30,7 +30,7 @@ out_dir = ''  # the dataset's folder; empty: the one of this script
 block_size = 128  # tokens in a block, as in config/quickstart.py; longer conversations are left out
 seed = 1337  # of the order, and of the pairs
 
-PROPERTY = {'property', 'cached_property', 'abstractproperty', 'setter', 'deleter'}  # decorators: no signature of their own
+PROPERTY = {'property', 'cached_property', 'abstractproperty', 'setter', 'deleter'}  # decorators: no own signature
 
 
 def definitions(body, parent):
@@ -53,7 +53,8 @@ def conversations(file):
     if '._' in f'.{module}':
         return
     for name, node in dict(definitions(tree.body, module)).items():
-        if not isinstance(node, ast.ClassDef) and not {ast.unparse(d).split('.')[-1] for d in node.decorator_list} & PROPERTY:
+        decorators = {ast.unparse(d).split('.')[-1] for d in node.decorator_list}
+        if not isinstance(node, ast.ClassDef) and not decorators & PROPERTY:
             yield 'signature', f'What is the signature of {name}?', f'{node.name}({ast.unparse(node.args)})'
         if does := ' '.join((ast.get_docstring(node) or '').split('\n\n')[0].split()):
             yield 'what', f'What does {name} do?', does
@@ -80,8 +81,8 @@ def jsonl(rows):
 
 
 def pairs(found):
-    """Questions with their answer and, as the rejected one, the next answer of the kind. Not for signatures, where the one
-    that has the name is easily told."""
+    """Questions with their answer and, as the rejected one, the next answer of the kind. Not for signatures, where the
+    one that has the name is easily told."""
     for kind in 'what', 'which':
         asked = [(question, answer) for k, question, answer in found if k == kind]
         for (question, answer), (_, other) in zip(asked, asked[1:] + asked[:1]):
@@ -95,7 +96,8 @@ if __name__ == '__main__':
     parts = {'train': chosen([file for file in files if file not in held_out]), 'val': chosen(held_out)}
     train, val = (corpus_of([json.dumps(answered(*c[1:])) for c in found]) for found in parts.values())
     prepare_conversations(out_dir, train, val, tokenizer, block_size, num_proc=1, settings={'seed': seed},
-                          source={'dataset': "questions about Python's standard library", 'version': platform.python_version()})
+                          source={'dataset': "questions about Python's standard library",
+                                  'version': platform.python_version()})
     for split, found in parts.items():
         write(out_dir / f'{split}.jsonl', jsonl({'kind': kind, 'messages': answered(*c)} for kind, *c in found))
         write(out_dir / f'pairs_{split}.jsonl', jsonl(pairs(found)))
