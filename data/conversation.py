@@ -18,7 +18,8 @@ from data.files import READERS, Bad, find_files, read, read_json
 from data.prepare import prepare
 from data.tokenizer import CHATML, get_tokenizer
 
-ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant', 'human': 'user', 'gpt': 'assistant'}
+ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant',
+         'human': 'user', 'gpt': 'assistant'}  # sharegpt's
 
 # -----------------------------------------------------------------------------
 # from files
