@@ -216,14 +216,7 @@ class ShardWriter:
         self.begin()
 
     def begin(self):
-        self.files, self.tokens, self.documents = {}, 0, 0
-
-    def open(self, suffix, dtype):
-        """The file of the ids (suffix ''), or of their mask."""
-        path = self.folder / f'{TEMPORARY}shard{suffix}'
-        path.unlink(missing_ok=True)
-        self.files[suffix] = open(path, 'x+b'), dtype
-        self.write_header(*self.files[suffix])
+        self.files, self.tokens, self.documents = {}, 0, 0  # files: of the ids ('') and of their mask ('.mask')
 
     def write_header(self, file, dtype):  # of the same length for any number: numpy leaves room for it to grow
         file.seek(0)
@@ -237,7 +230,10 @@ class ShardWriter:
             columns = {'': np.ascontiguousarray(tokens['id']), '.mask': np.ascontiguousarray(tokens['scored'])}
         for suffix, column in columns.items():
             if suffix not in self.files:
-                self.open(suffix, column.dtype)
+                path = self.folder / f'{TEMPORARY}shard{suffix}'
+                path.unlink(missing_ok=True)
+                self.files[suffix] = open(path, 'x+b'), column.dtype
+                self.write_header(*self.files[suffix])
             self.files[suffix][0].write(column)
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(columns[''] == self.eot))
@@ -250,12 +246,9 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            sha256 = hashlib.sha256()
-            while piece := file.read(1 << 20):
-                sha256.update(piece)
+            entry['mask_sha256' if suffix else 'sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
             file.close()
             os.replace(file.name, (self.folder / name).with_suffix(f'{suffix}.npy'))
-            entry['mask_sha256' if suffix else 'sha256'] = sha256.hexdigest()
         self.begin()
         return entry
 
@@ -297,7 +290,9 @@ def load_state(out_dir, source, settings, corpora, dtype):
         if not complete and not state['shards']:
             return new
         check_entries(state['shards'], *[FIRST] * (not complete))
-        check_counts(state['documents'] if complete else state['resume']['counts'])
+        counts = state['documents'] if complete else state['resume']['counts']
+        if 'in' not in counts or not all(map(is_count, counts.values())):
+            raise ValueError(f'these are no counts of documents: {counts}')
         if not complete and not (state['resume']['split'] in (*corpora, 'end') and is_count(state['resume']['skip'])):
             raise ValueError(f'there is no position such as {state["resume"]}')
         different = difference(state['settings'], new['settings']) or difference(state['source'], new['source'])
@@ -314,11 +309,6 @@ def load_state(out_dir, source, settings, corpora, dtype):
 
 def is_count(n):
     return type(n) is int and n >= 0
-
-
-def check_counts(counts):
-    if 'in' not in counts or not all(map(is_count, counts.values())):
-        raise ValueError(f'these are no counts of documents: {counts}')
 
 
 def earlier_source(out_dir):
