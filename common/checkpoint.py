@@ -107,7 +107,8 @@ def write(checkpoint, out_dir, best, keep):
         if 'shards' in checkpoint:
             folder = out_dir / checkpoint['shards']
             distributed.save_shards(checkpoint.pop('tensors'), folder)
-            sums = distributed.all_gather(own_checksums(folder), distributed.writers)
+            own = folder.glob(f'shard-{distributed.rank + 1:05d}-*')
+            sums = distributed.all_gather({path.name: crc32(path) for path in own}, distributed.writers)
             if not distributed.master:
                 return True
             checkpoint['crc32'] = {name: crc for part in sums for name, crc in part.items()}
@@ -150,11 +151,6 @@ def remove_unused_shards(out_dir):
     for folder in out_dir.glob('shards_*'):
         if SHARDS.fullmatch(folder.name) and folder.name not in used:
             shutil.rmtree(folder)
-
-
-def own_checksums(folder):
-    """{name: CRC-32} of the files that this process has written into a folder of shards."""
-    return {path.name: crc32(path) for path in folder.glob(f'shard-{distributed.rank + 1:05d}-*')}
 
 
 def crc32(path):

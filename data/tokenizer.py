@@ -268,7 +268,8 @@ def get_tokenizer(spec):
     if spec in TOKENIZERS or os.path.basename(spec) == spec and spec in tiktoken_names():
         return named(spec)
     path = locate(spec)
-    beside = config_of(path), path.with_name('chat_template.jinja')
+    config = path.name.removesuffix('tokenizer.json') + 'tokenizer_config.json'
+    beside = path.with_name(config), path.with_name('chat_template.jinja')
     return from_file(path, *beside, *(os.stat(file).st_mtime_ns for file in (path, *beside) if file.is_file()))
 
 
@@ -314,11 +315,6 @@ def locate(spec):
     except Exception as error:  # many kinds: no such model or file, no network, no access
         raise UserError(f'there is no file {spec}, and no tokenizer.json of that name could be downloaded from the '
                         f'Hugging Face hub ({type(error).__name__})') from None
-
-
-def config_of(path):
-    """The path of the tokenizer_config.json that belongs to a tokenizer.json."""
-    return path.with_name(path.name.removesuffix('tokenizer.json') + 'tokenizer_config.json')
 
 
 @functools.lru_cache(16)
