@@ -53,6 +53,16 @@ RANGES = (
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo')}
+# Settings of train.py, when a run does not use them, and why
+UNUSED = (
+    ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c['decay_lr'], 'decay_lr is False'),
+    ('wsd_decay', lambda c: c['decay_lr'] and c['lr_schedule'] != 'wsd', 'lr_schedule is {lr_schedule}'),
+    ('teacher_weight teacher_temperature', lambda c: not c['teacher'], 'there is no teacher'),
+    ('lora_alpha', lambda c: not c['lora_rank'], 'lora_rank is 0'),
+    ('backend dist_timeout', lambda c: c['processes'] == 1, 'there is one process'),
+    ('hellaswag_limit hellaswag_data', lambda c: not c['hellaswag_interval'], 'hellaswag_interval is 0'),
+    ('wandb_project wandb_run_name', lambda c: not c['wandb_log'] and 'wandb' not in c['log_to'], 'wandb_log is False'),
+)
 PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
          'data_files', 'pairs', 'val_pairs')
 
@@ -120,6 +130,14 @@ def check_ranges(config, defaults):
         raise UserError('objective=mlm continues no text: --hellaswag_interval=0 --sample_interval=0')
     if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
         raise UserError(f'min_lr={config["min_lr"]} must be at most learning_rate={config["learning_rate"]}')
+
+def unused(config):
+    """Lines on the settings that were given and have no effect. config: train.py's, and 'processes'."""
+    for names, without, reason in UNUSED:
+        if without(config) and (names := [name for name in names.split() if name in given]):
+            yield f'not used: {", ".join(names)} ({reason.format(**config)})'
+    if config['decay_lr'] and config['warmup_iters'] > config['max_iters']:
+        yield f'warmup_iters={config["warmup_iters"]} is longer than the run (max_iters={config["max_iters"]})'
 
 def settings_of(file):
     """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""

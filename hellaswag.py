@@ -83,6 +83,19 @@ def load_items(path='', limit=0):
     return items
 
 
+def items_of_run(config, given):
+    """(items, why there are none) for a run of train.py, of its settings. Raises UserError if they can't be loaded and
+    one of HellaSwag's settings is among those given, {name: where}."""
+    if not config['hellaswag_interval']:
+        return [], 'hellaswag_interval is 0'
+    try:
+        return load_items(config['hellaswag_data'], config['hellaswag_limit']), ''
+    except UserError as error:
+        if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
+            raise
+        return [], f'{error}; --hellaswag_interval=0 turns it off'
+
+
 def pack(item, tokenizer, block_size):
     """The item's row: (4, T) int64, holding token, target (-1 in the context), position and segment (0 is the
     context, 1 to 4 the endings).

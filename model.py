@@ -85,8 +85,8 @@ class GPTConfig:
             if not 1 <= self.rope_factor < math.inf:
                 raise ValueError(f'rope_factor={self.rope_factor} must be at least 1')
             if not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor < math.inf:
-                raise ValueError(f'rope_low_freq_factor={self.rope_low_freq_factor} must be greater than 0 and less than '
-                                 f'rope_high_freq_factor={self.rope_high_freq_factor}')
+                raise ValueError(f'rope_low_freq_factor={self.rope_low_freq_factor} must be greater than 0 and less '
+                                 f'than rope_high_freq_factor={self.rope_high_freq_factor}')
             if self.rope_original_context < 1 or not 0 <= self.rope_attention_factor < math.inf:
                 raise ValueError(f'rope_original_context={self.rope_original_context} and rope_attention_factor='
                                  f'{self.rope_attention_factor} must not be negative')
@@ -368,9 +368,9 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, return_logits=True, reduction='mean'):
         """As forward, of hidden states x (…, C) and targets (…). A method of its own, which torch.compile fuses even
-        where hooks between the blocks keep it from compiling all of forward as one: float32 logits are never stored."""
+        where hooks between blocks keep it from compiling all of forward as one: float32 logits are never stored."""
         logits, V = self.padded_logits(x), self.config.vocab_size
-        if V < logits.size(-1):  # masked, not cut off: rows that are no multiple of 16 bytes are read element by element
+        if V < logits.size(-1):  # masked, not cut off: rows of no multiple of 16 bytes load element by element
             padding = torch.arange(logits.size(-1), device=x.device) >= V
             logits = logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
         loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)

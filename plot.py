@@ -158,6 +158,16 @@ def curves(folders, *paths, x='tokens', labels=None):
             raise UserError(f'{path} could not be written: {error.strerror}') from None
 
 
+def redraw(out_dir):
+    """Replace a run's curves.png. Whatever goes wrong costs a line, never the run."""
+    path = Path(out_dir, 'curves.png')
+    try:
+        curves([out_dir], path)
+    except Exception as error:
+        if not path.exists() and 'matplotlib' not in str(error):
+            print(f'no curves.png: {error}', flush=True)
+
+
 def draw(axes, run, scale, **style):
     """Draw a run into the panels; returns one of its lines for the legend."""
     for name, (where, values) in run.items():

@@ -9,7 +9,7 @@ From what you type:         python sample.py --interactive
 In a conversation:          python sample.py --out_dir=out-chat --chat
 A masked language model:    python sample.py --start='import [MASK]s'
 
-A [MASK] is one token. GPT-2's words begin with their space: 'The capital of France is[MASK].'
+A [MASK] is one token: with GPT-2's vocabulary most words begin with their space: 'The capital of France is[MASK].'
 """
 
 import codecs
@@ -174,8 +174,7 @@ if compile not in ('auto', True, False):
 if (start != '') + (prompts != '') + interactive + chat > 1:
     raise UserError('start, prompts, interactive and chat each name the prompt: give only one of them')
 if chat and (unused := [name for name in ('num_samples', 'batch_size', 'stop', 'json') if name in given]):
-    raise UserError(f'{", ".join(unused)}: a conversation has one answer at a time, and it ends where the model ends '
-                    'it')
+    raise UserError(f'{", ".join(unused)}: a conversation has one answer at a time, which ends where the model ends it')
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:

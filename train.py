@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import asdict, fields
 from datetime import timedelta
 
-from configurator import UserError, configure, given
+from configurator import UserError, configure, given, unused
 
 import torch
 
@@ -27,15 +27,16 @@ from common import checkpoint, distributed, files, log, lora, objectives, optimi
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from data.loader import Loader
-from data.tokenizer import CHATML, get_tokenizer, to_record, tokenizer_name
+from data.tokenizer import get_tokenizer, to_record
 from model import GPT, GPTConfig
+from plot import redraw
 
 # -----------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on FineWeb-Edu
 # input and output
 out_dir = 'out'  # checkpoints (ckpt.pt) and the log (log.jsonl)
-# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one), or the
-# weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
+# 'scratch', 'resume' (out_dir/ckpt.pt), 'resume:FILE.pt' (another of its checkpoints), 'auto' (resume if there is one),
+# or the weights of 'gpt2' to 'gpt2-xl', a folder or a name that transformers can read, a .pt file
 init_from = 'scratch'
 eval_interval = 250  # steps between evaluations, each with a checkpoint
 eval_tokens = 10_485_760  # tokens of validation data in an evaluation, always the same ones
@@ -137,30 +138,12 @@ dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 
-
-def print_unused():
-    """Print the given settings that this run does not use."""
-    for unused, names, reason in (
-            (not decay_lr, 'warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', 'decay_lr is False'),
-            (decay_lr and lr_schedule != 'wsd', 'wsd_decay', f'lr_schedule is {lr_schedule}'),
-            (not teacher, 'teacher_weight teacher_temperature', 'there is no teacher'),
-            (not lora_rank, 'lora_alpha', 'lora_rank is 0'),
-            (not distributed.store, 'backend dist_timeout', 'there is one process'),
-            (not hellaswag_interval, 'hellaswag_limit hellaswag_data', 'hellaswag_interval is 0'),
-            ('wandb' not in trackers, 'wandb_project wandb_run_name', 'wandb_log is False')):
-        if unused and (names := [name for name in names.split() if name in given]):
-            print0(f'not used: {", ".join(names)} ({reason})')
-    if decay_lr and warmup_iters > max_iters:
-        print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters})')
-
-
-trackers = f'{log_to},wandb' if wandb_log else log_to
-print_unused()
 lr_decay_iters = lr_decay_iters or max_iters
 accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
 tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
-if note:
-    print0(note)
+eval_tokens, eval_note = distributed.eval_size(config, given)
+for line in filter(None, (*unused(config | {'processes': distributed.world_size}), note, eval_note)):
+    print0(line)
 
 # -----------------------------------------------------------------------------
 # data
@@ -170,65 +153,37 @@ loading = dict(batch_size=batch_size, block_size=block_size, rank=distributed.ra
 train_data = Loader(dataset, 'train', **loading, shuffle=shuffle, seed=seed)
 val_data = Loader(dataset, 'val', **loading, shuffle=False)
 tokenizer = get_tokenizer(train_data.tokenizer)
-order = [name for name in given if name in ('eval_iters', 'eval_tokens')]
-if eval_iters and len(order) == 2:
-    print0('{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order)))
-if eval_iters and order[-1:] != ['eval_tokens']:
-    eval_tokens = eval_iters * config['batch_size'] * block_size
 
 # -----------------------------------------------------------------------------
 # model: from scratch, from this run's checkpoint, or from other weights
 
-ckpt_path, log_path = os.path.join(out_dir, checkpoint.NAME), os.path.join(out_dir, 'log.jsonl')
+ckpt_path = os.path.join(out_dir, checkpoint.NAME)
 saving = distributed.master and not eval_only  # this process writes into out_dir
 lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving and os.path.isdir(out_dir) else None
 
 
 def get_model():
-    """(GPT on the CPU, its tokenizer for get_tokenizer, checkpoint to resume or None, its path), as init_from says."""
-    source = init_from
-    if source == 'auto' or source.startswith('resume:') and distributed.restarts:
-        found = 'resume' if os.path.exists(ckpt_path) else source.replace('auto', 'scratch')
-        source = distributed.all_gather(found)[0]
+    """(GPT on the CPU, the checkpoint to resume or None, its path), as init_from says."""
+    source = checkpoint.resolve(init_from, out_dir)
     if source == 'scratch':
         if lora_rank:
             raise UserError(f'lora_rank={lora_rank} adapts trained weights: name them with --init_from')
         args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
         args |= {'vocab_size': train_data.vocab_size, 'causal': objective != 'mlm'}
-        return GPT(GPTConfig(**args)), train_data.tokenizer, None, ''
-    path = checkpoint.resume_path(source, out_dir)
-    if not path:
+        return GPT(GPTConfig(**args)), None, ''
+    path, resumed = checkpoint.resume_path(source, out_dir), None
+    if path:
+        resumed = checkpoint.resume(path, config, given)
+        model, vocabulary = checkpoint.model_from(resumed, dropout=dropout), resumed['tokenizer']
+    else:
         model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
-        return lora.add(model, lora_rank, lora_alpha), vocabulary, None, ''
-    saved = checkpoint.resume(path, config, given)
-    return checkpoint.model_from(saved, dropout=dropout), saved['tokenizer'], saved, path
-
-
-def fit_model(model, vocabulary):
-    """Give the model the context block_size. Raises UserError if it does not fit the data or the given settings."""
-    vocabulary = tokenizer_name(vocabulary)
-    if vocabulary + CHATML == tokenizer.name and not resumed:
-        model.extend_vocab(tokenizer.base.vocab_size, tokenizer.vocab_size)
-    elif vocabulary != tokenizer.name:
-        raise UserError(f'{dataset} is tokenized with {tokenizer.name}, but the weights were trained on {vocabulary} tokens')
-    longer = block_size > model.config.block_size
-    if longer and resumed:
-        raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start from its '
-                        f'weights with --init_from={resumed_path}')
-    if longer:
-        model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
-                                            if name in given})
-        return
-    for name, value in asdict(model.config).items():
-        default = type(value) is int and config.get(name) == 0  # 0 stands for another number
-        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] != value and not default:
-            raise UserError(f'{given[name]}: the weights have {name}={value}')
-    model.crop_block_size(block_size)
+        lora.add(model, lora_rank, lora_alpha)
+    checkpoint.fit(model, vocabulary, tokenizer, config, given, path)
+    return model, resumed, path or ''
 
 
 try:
-    model, vocabulary, resumed, resumed_path = get_model()
-    fit_model(model, vocabulary)
+    model, resumed, resumed_path = get_model()
     model.activation_checkpointing, model.bfloat16_residual = activation_checkpointing, bfloat16_residual
     compiled = pick_compile(compile, device)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
@@ -298,18 +253,6 @@ def sample():
             print0(f'  > {tokenizer.decode(row[1:])!r}')
 
 
-def get_hellaswag():
-    """HellaSwag's items, tokenized; none, and a line that says so, if they were not asked for and can't be downloaded."""
-    try:
-        items = hellaswag.load_items(hellaswag_data, hellaswag_limit) if hellaswag_interval else []
-    except UserError as error:
-        if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
-            raise
-        print0(f'HellaSwag is not scored: {error}; --hellaswag_interval=0 turns it off')
-        items = []
-    return hellaswag.prepare(items, tokenizer, model.config.block_size)
-
-
 def due(interval):
     return interval > 0 and (step % interval == 0 or step == max_iters or eval_only)
 
@@ -356,33 +299,17 @@ def save(best=False):
 
 
 def claim_out_dir():
-    """Rename what an earlier run left in out_dir, or rewind this run's log, and write the entries so far. This waits for
-    the first step: a start that fails leaves out_dir as it was."""
-    global run_log
-    if run_log or not saving:
-        return
-    log.archive_or_rewind(out_dir, resumed_path, first)
-    checkpoint.keep_tokenizer(tokenizer, out_dir)
-    run_log = log.Log(log_path, started)
-    for entry in entries:
-        run_log.write(entry)
+    """Rename what an earlier run left in out_dir, or rewind this run's log, and start to write. This waits for the
+    first step: a start that fails leaves out_dir as it was."""
+    if run_log and run_log.held is not None:
+        log.archive_or_rewind(out_dir, resumed_path, first)
+        checkpoint.keep_tokenizer(tokenizer, out_dir)
+        run_log.release()
 
 
 def write_log(entry):
     if run_log:
         run_log.write(entry)
-    elif saving:
-        entries.append(entry)
-
-
-def draw_curves():
-    """out_dir/curves.png, if it can be drawn."""
-    try:
-        from plot import curves
-        curves([out_dir], os.path.join(out_dir, 'curves.png'))
-    except Exception as error:  # whatever it is, the run continues
-        if not os.path.exists(os.path.join(out_dir, 'curves.png')) and 'matplotlib' not in str(error):
-            print0(f'no curves.png: {error}')
 
 
 def finish_step(step, lr, numbers, data_s):
@@ -394,8 +321,8 @@ def finish_step(step, lr, numbers, data_s):
     seconds = finished - before
     durations.append(seconds)
     entry = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
-             'tokens_per_s': tokens_per_step / seconds, 'mfu': model.flops_per_token() * tokens_per_step / seconds / peak,
-             'skipped': skipped, 'data_ms': data_s * 1e3}
+             'tokens_per_s': tokens_per_step / seconds, 'skipped': skipped, 'data_ms': data_s * 1e3,
+             'mfu': model.flops_per_token() * tokens_per_step / seconds / peak}
     if 'cuda' in device:
         entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if step % log_interval == 0 or step == max_iters or skip:
@@ -405,27 +332,33 @@ def finish_step(step, lr, numbers, data_s):
     if bad_steps == max_bad_steps:
         checkpoint.wait()
         raise UserError(f'{bad_steps} steps in a row without a good gradient (the last: loss {loss:.4g}, norm '
-                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, if there is one')
+                        f'{grad_norm:.4g}), stopped at step {step}: the last good checkpoint is {ckpt_path}, '
+                        'if there is one')
     return bool(stop)
 
 
 def step_is_slow(seconds):
     """Tell the user early that a step takes longer than a minute, and what makes it shorter."""
     if seconds > 60:
-        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of {batch_size} x '
-               f'{block_size} tokens; a smaller total_batch_size, block_size or model is faster')
+        print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of '
+               f'{batch_size} x {block_size} tokens; a smaller total_batch_size, block_size or model is faster')
 
 
-rows = get_hellaswag()
+items, why_none = hellaswag.items_of_run(config, given)
+rows = hellaswag.prepare(items, tokenizer, model.config.block_size)
+if hellaswag_interval and not items:
+    print0(f'HellaSwag is not scored: {why_none}')
 peak = peak_flops(dtype, device) * distributed.world_size
 n_params = model.get_num_params()
 print0(f'{n_params / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {max_iters:,} steps, '
        f'{distributed.world_size} x {device}, {dtype}, {"compiled" if compiled else "not compiled"}')
-run_log, entries = None, [{'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
-                          'data': train_data.state_dict()}]
+run_log = None
 if saving:
     lock = lock or files.lock(out_dir)
-    started = log.start_trackers(trackers, wandb_project, wandb_run_name, config, out_dir, step)
+    trackers = log.start_trackers(log_to + ',wandb' * wandb_log, wandb_project, wandb_run_name, config, out_dir, step)
+    run_log = log.Log(os.path.join(out_dir, 'log.jsonl'), trackers, hold=True)
+write_log({'step': step, 'config': config, 'tokens_per_step': tokens_per_step, 'parameters': n_params,
+           'data': train_data.state_dict()})
 
 tracer = None
 if profile and saving:
@@ -472,8 +405,8 @@ while True:
                     checkpoint.keep_best(out_dir)
                 elif improved or always_save_checkpoint and not save_first:
                     save(best=improved)
-            if curves and run_log and 'val_loss' in result:
-                distributed.in_background(draw_curves)
+            if curves and run_log and 'val_loss' in result and step > first:
+                distributed.in_background(redraw, out_dir)
         finished = time.perf_counter()
     if step >= max_iters or eval_only or stop:
         break

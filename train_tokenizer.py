@@ -78,8 +78,8 @@ def train(kind, vocab_size, texts):
 
 def sorted_pieces(vocab):
     """Unigram's vocabulary, [[piece, score], …], the same in each training. The library adds up scores in the order of
-    hash tables, which is another one each time, so they are rounded. In such an order it also gives the characters that
-    training dropped their scores, in steps of 0.0001 from the lowest; here these follow the characters."""
+    hash tables, which is another one each time, so they are rounded; in such an order it also gives the characters that
+    training dropped their scores, in steps of 0.0001 from the lowest, which here follow the characters."""
     special, vocab = vocab[:1], [[piece, round(score, 6)] for piece, score in vocab[1:]]
     lowest = min(score for _, score in vocab)
     dropped = [entry for entry in vocab if len(entry[0]) == 1 and round((entry[1] - lowest) * 1e4, 2) % 1 == 0]

@@ -7,7 +7,8 @@ architectures a GPT can be, and how:
     gpt2      GPT2LMHeadModel      learned positions, LayerNorm, GELU
     llama     LlamaForCausalLM     RoPE, RMSNorm, SwiGLU, grouped heads
     qwen3     Qwen3ForCausalLM     the same with normalised queries and keys, without biases
-    nanochat  NanoChatForCausalLM  RoPE, RMSNorm without gains, also after the embedding and on queries and keys, ReLU²
+    apertus   ApertusForCausalLM   RoPE, RMSNorm, normalised queries and keys, ReLU²: config/gpt2_fast.py's
+    nanochat  NanoChatForCausalLM  the same without gains, and with a norm after the embedding
 
 Only names, shapes and settings are translated, and whatever cannot be is refused by name. A new field of GPTConfig
 is exported once a family lists it.
@@ -87,6 +88,14 @@ FAMILIES = {
         fields=LLAMA_FIELDS | ROPE | dict(head_size=('head_dim', 128)),
         settings=dict(hidden_act=('silu',), use_sliding_window=(False,)),
         biases=dict(attn='attention_bias'), names=LLAMA_NAMES),
+    'apertus': Family(
+        'ApertusForCausalLM', fixed=dict(position='rope', norm='rmsnorm', qk_norm=True, mlp='relu2'),
+        fields=LLAMA_FIELDS | ROPE | dict(norm_eps=('rms_norm_eps', 1e-5)),
+        settings=dict(hidden_act=('relu2',)),
+        biases=dict(attn='attention_bias'), names=LLAMA_NAMES | {
+            'transformer.h.*.ln_1': ['model.layers.*.attention_layernorm'],
+            'transformer.h.*.ln_2': ['model.layers.*.feedforward_layernorm'],
+            'transformer.h.*.mlp.c_fc': ['model.layers.*.mlp.up_proj']}),
     'nanochat': Family(
         'NanoChatForCausalLM', fixed=dict(position='rope', norm='rmsnorm', norm_gain=False, qk_norm=True, mlp='relu2',
                                           embedding_norm=True),
@@ -104,7 +113,9 @@ def family_of(config):
     """The name of the family nearest to a GPTConfig."""
     if config.position == 'learned':
         return 'gpt2'
-    return 'nanochat' if config.mlp == 'relu2' else 'qwen3' if config.qk_norm else 'llama'
+    if config.mlp == 'relu2':
+        return 'apertus' if config.norm_gain and not config.embedding_norm else 'nanochat'
+    return 'qwen3' if config.qk_norm else 'llama'
 
 
 def layout(family, config):
@@ -308,6 +319,8 @@ def read_fields(family, hf, path):
         raise UserError(f'{path}: a context of {fields["block_size"]} tokens is more than {2**24}')
     if 'rope_theta' in family.fields:
         rope = read_rope(hf, path)
+        if family.kind == 'ApertusForCausalLM' and not (hf.get('rope_scaling') or hf.get('rope_parameters')):
+            raise UserError(f'{path} has no rope_parameters')  # the class has others than the rest
         for ours, value in rope.items():
             if ours not in family.fields and value != getattr(GPTConfig, ours):
                 raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')
@@ -375,10 +388,10 @@ def read_rope(hf, path):
 
 
 def write_rope(config):
-    """config.json's rope_theta and rope_scaling, which old and new versions of transformers read."""
+    """config.json's rope_theta and rope_scaling, which old and new versions of transformers read. rope_scaling is there
+    even if it scales nothing, since Apertus's default is another."""
     scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
-    return dict(rope_theta=config.rope_theta) | (
-        dict(rope_scaling=dict(rope_type=config.rope_type) | scaling) if scaling else {})
+    return dict(rope_theta=config.rope_theta, rope_scaling=dict(rope_type=config.rope_type) | scaling)
 
 # -----------------------------------------------------------------------------
 # out
@@ -408,7 +421,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
         raise UserError(f'the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {config.vocab_size}')
     end = tokenizer.eot if tokenizer.im_end is None else tokenizer.im_end  # where transformers' generate() stops
     hf = dict(model_type=name, architectures=[family.kind], bos_token_id=tokenizer.eot, eos_token_id=end,
-              dtype=dtype, torch_dtype=dtype)
+              pad_token_id=None, dtype=dtype, torch_dtype=dtype)
     hf |= {setting: known[0] for setting, known in family.settings.items()}
     hf |= {where[0]: getattr(config, ours) for ours, where in family.fields.items() if where}
     hf |= {setting: config.bias for setting in family.biases.values()}

@@ -40,8 +40,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
         idx = idx[:, -1:].where(torch.arange(T, device=device) < empty, idx)
     max_len = min(T + max_new_tokens, block_size)
     if cache is None:
-        length = -(-max_len // 64) * 64 if cuda_graph else max_len  # aligned, for masked kernels
-        cache = model.new_cache(B, length, device)
+        aligned = -(-max_len // 64) * 64 if cuda_graph else max_len  # for masked kernels
+        cache = model.new_cache(B, aligned, device)
     new, step = idx[:, cache[0].length:], None
     for i in range(max_new_tokens):
         S = min(T + i, block_size)  # columns in the window
@@ -68,8 +68,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
 
 
 class Conversation:
-    """A conversation with a model that knows its tokenizer's chat template. Its keys and values stay in a cache: only
-    the new tokens of a question and its answer are computed.
+    """A conversation with a model that knows its tokenizer's chat template. Its keys and values stay in a cache: of
+    each question and answer only the new tokens are computed.
 
     note: what the user is to know of the last answer, a line, often empty
     """
@@ -83,8 +83,7 @@ class Conversation:
 
     def ask(self, text, max_new_tokens, **options):
         """Yield the ids of the answer; options: those of stream. Closed early, the answer ends there. Where the context
-        is full, the oldest turns are dropped and the rest is computed again. Raises UserError if the text does not fit.
-        """
+        is full, the oldest turns are dropped. Raises UserError if the text does not fit."""
         block_size, before = self.model.config.block_size, len(self.turns)
         question = encode([{'role': 'user', 'content': text}], self.tokenizer, answer=True)[0].tolist()[1:]
         room = block_size - 1 - len(question)

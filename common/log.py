@@ -18,12 +18,24 @@ from data.errors import UserError
 # log.jsonl
 
 class Log:
-    """log.jsonl: write(entry) appends a line and passes it to the trackers; the entry has a 'step'."""
+    """log.jsonl: write(entry) appends a line and passes it to the trackers; the entry has a 'step'.
 
-    def __init__(self, path, trackers=()):
+    hold: keep the entries until release(), so that a start that fails leaves the file as it was.
+    """
+
+    def __init__(self, path, trackers=(), hold=False):
         self.path, self.missing, self.trackers = Path(path), 0, trackers
+        self.held = [] if hold else None
+
+    def release(self):
+        held, self.held = self.held, None
+        for entry in held:
+            self.write(entry)
 
     def write(self, entry):
+        if self.held is not None:
+            self.held.append(entry)
+            return
         entry = finite(entry)
         try:
             self.append(json.dumps(entry).encode() + b'\n')

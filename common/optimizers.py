@@ -1,26 +1,21 @@
 """The optimizers: which parameters each one updates, which of them decay, Muon, and which steps are skipped."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 
 from common import distributed
 from common.device import pick_dtype
-from common.distributed import shard_like, to_local
+from common.distributed import to_local
 
 
-def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, eps=1e-8, lr_scales={},
-                         cautious_decay=False):
+def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, eps=1e-8):
     """A list of optimizers that together update every parameter of a GPT that is not frozen. Raises ValueError for an
     unknown name.
 
     'adamw': AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for everything. Matrices and embeddings decay;
     biases and the gains of normalisations do not.
     'muon': Muon for the matrices inside the blocks, AdamW for the rest. One learning rate serves both.
-    lr_scales: factors on AdamW's learning rate for {'embeddings': …, 'head': …, 'gains': …} (biases count as gains);
-    see set_lr. A tied head is an embedding.
-    cautious_decay: decay only the weights that the update moves towards zero too (Chen et al. 2025, arXiv:2510.12402).
     """
     if optimizer not in ('adamw', 'muon'):
         raise ValueError(f'optimizer={optimizer} is not one of adamw, muon')
@@ -33,15 +28,10 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
         if optimizer == 'muon' and '.h.' in name and p.dim() == 2:
             matrices[name] = p
         else:
-            kind = ('gains' if p.dim() < 2 else 'head' if name == 'lm_head.weight' else
-                    'matrices' if '.h.' in name else 'embeddings')
-            decay, scale = weight_decay if p.dim() >= 2 else 0.0, lr_scales.get(kind, 1.0)
-            group = groups.setdefault((decay, scale), {'params': [], 'weight_decay': decay, 'lr_scale': scale})
-            group['params'].append(p)
-    first = next(model.parameters())
-    adamw = CautiousAdamW if cautious_decay else torch.optim.AdamW
-    optimizers = [adamw(list(groups.values()), lr=learning_rate, betas=betas, eps=eps,
-                        fused=first.device.type in ('cuda', 'cpu'))]  # all parameters in one kernel
+            decay = weight_decay if p.dim() >= 2 else 0.0
+            groups.setdefault(decay, {'params': [], 'weight_decay': decay})['params'].append(p)
+    fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # all parameters in one kernel
+    optimizers = [torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas, eps=eps, fused=fused)]
     if matrices:
         c = model.config
         kv = c.n_kv_head * c.head_size
@@ -49,15 +39,14 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
         if c.mlp == 'swiglu':
             rows['c_fc'] = (c.n_mlp, c.n_mlp)  # so are the gate and what it gates
         splits = [rows.get(name.split('.')[-2], (len(p),)) for name, p in matrices.items()]
-        optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay,
-                               cautious_decay=cautious_decay))
+        optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay))
     return optimizers
 
 
 def set_lr(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = lr * group.get('lr_scale', 1.0)
+            group['lr'] = lr
 
 
 def step(optimizers, skip=None):
@@ -99,30 +88,6 @@ class SkipRule:
         return {name: [x for x in past if x == x] for name, past in zip(('losses', 'norms'), self.history.tolist())}
 
 
-class CautiousAdamW(torch.optim.AdamW):
-    """AdamW whose decay leaves alone the weights that the update moves away from zero."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        decays = [group['weight_decay'] for group in self.param_groups]
-        for group, decay in zip(self.param_groups, decays):
-            for p in group['params'] if decay else []:
-                update = to_local(p.grad) * (1 - group['betas'][0])
-                if self.state[p]:
-                    update.add_(to_local(self.state[p]['exp_avg']), alpha=group['betas'][0])
-                decay_cautiously(to_local(p), update, group['lr'] * decay, getattr(self, 'found_inf', None))
-            group['weight_decay'] = 0.0
-        super().step()
-        for group, decay in zip(self.param_groups, decays):
-            group['weight_decay'] = decay
-
-
-def decay_cautiously(p, update, rate, skip=None):
-    """p *= 1 - rate, but not where p and the update, which is subtracted from it, have opposite signs."""
-    shrink = rate * (p * update >= 0)
-    p.mul_(1 - (shrink if skip is None else shrink * (1 - skip.to(p.device))))
-
-
 def orthogonalize(x, steps=5):
     """Nearly the orthogonal matrix closest to each of x (n, rows, columns): its singular values become about 1, by the
     quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Close to 1
@@ -147,9 +112,8 @@ class Muon(torch.optim.Optimizer):
     arXiv:2502.16982, section 2.2), so AdamW's learning rate and weight decay serve here too.
     """
 
-    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95, cautious_decay=False):
+    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.cautious_decay = cautious_decay
         self.stacks = {}  # (shape of a parameter, rows of its matrices) -> parameters
         for p, rows in zip(self.param_groups[0]['params'], splits):
             self.stacks.setdefault((p.shape, rows), []).append(p)
@@ -179,10 +143,7 @@ class Muon(torch.optim.Optimizer):
             stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; rough will do
             stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
             for mine, update in zip(here, stack):
-                if self.cautious_decay:
-                    decay_cautiously(mine, update, lr * group['weight_decay'], skip)
-                else:
-                    mine.mul_(1 - lr * group['weight_decay'] * keep)
+                mine.mul_(1 - lr * group['weight_decay'] * keep)
                 mine.add_(update if skip is None else update * keep, alpha=-lr)
 
 
@@ -211,43 +172,3 @@ def muon_memory(shapes, processes, bytes_each=2):
         return 3 * mine * max(4, bytes_each) + (6 if processes > 1 else 5) * visiting * bytes_each
 
     return max((bytes_of(shape, n) for shape, n in counts.items()), default=0)
-
-
-class WeightAverage:
-    """An exponential average of a model's weights, to evaluate in their place (Polyak & Juditsky 1992)."""
-
-    def __init__(self, model, decay):
-        self.model, self.decay = model, decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self):
-        """Call it after each step."""
-        pairs = [(to_local(self.weights[name]), to_local(p)) for name, p in self.model.named_parameters()]
-        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.decay)
-
-    @contextmanager
-    def swapped(self):
-        """While in it, the model has the averaged weights."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    @torch.no_grad()
-    def swap(self):
-        distributed.reshard(self.model)
-        for name, p in self.model.named_parameters():
-            a, p = to_local(self.weights[name]), to_local(p)
-            a_before = a.clone()
-            a.copy_(p)
-            p.copy_(a_before)
-
-    def state(self):
-        """{name: whole tensor on the CPU of the first process}, for a checkpoint. All processes call it."""
-        return {name: distributed.gather_to_cpu(x) for name, x in self.weights.items()}
-
-    def load_state(self, state):
-        for name, x in self.weights.items():
-            to_local(x).copy_(to_local(shard_like(state[name], x)))

@@ -1,6 +1,7 @@
 # The 124M GPT with what has been learned since GPT-2, each part a field of GPTConfig or a setting of train.py:
 # rotary positions, normalised queries and keys, RMSNorm, ReLU², projections that start at zero, no biases, Muon
 # for the matrices, and a learning rate that stays high until the end nears.
+# transformers opens it too, as ApertusForCausalLM: python export.py --out_dir=out-gpt2-fast --folder=gpt
 # torchrun --nproc_per_node=8 train.py config/gpt2_fast.py
 
 out_dir = 'out-gpt2-fast'

@@ -26,16 +26,15 @@ def chat_tokenizer(spec):
 
 def encode(messages, tokenizer, answer=False):
     """
-    (ids, scored) of a conversation: (n,) of tokenizer.dtype and (n,) bool, True for what the assistant writes, with
-    the im_end of its messages. answer: end with the beginning of the assistant's next message, for the model to write.
+    (ids, scored) of a conversation: (n,) of tokenizer.dtype and (n,) bool, True for what the assistant writes, the
+    im_end of its messages included. answer: end with the beginning of the assistant's next message.
 
     tokenizer: from chat_tokenizer. Raises UserError for one without ChatML's tokens.
     """
     if tokenizer.im_start is None:
         raise UserError(f'the tokenizer {tokenizer.name} has ' + (
             'a chat template of its own, which cannot be read here: conversations are ChatML'
-            if tokenizer.chat_template else
-            'no chat template: the model has not been finetuned on conversations, as config/finetune_chat.py does'))
+            if tokenizer.chat_template else 'no chat template: the model has not been finetuned on conversations, as config/finetune_chat.py does'))
     eot, start, end = np.array([[tokenizer.eot], [tokenizer.im_start], [tokenizer.im_end]], tokenizer.dtype)
     pieces, newline = [(eot, False)], tokenizer.encode('\n')
     for message in messages:

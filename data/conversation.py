@@ -42,7 +42,7 @@ def conversations(paths):
 
 
 def json_files(paths):
-    """The json and jsonl files that glob patterns name, in a list or with commas. Raises UserError for others."""
+    """The json and jsonl files that glob patterns name, commas between or in a list. Raises UserError for others."""
     files = find_files(paths if isinstance(paths, str) else ','.join(map(str, paths)), 'input')
     for path in files:
         end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
@@ -86,8 +86,8 @@ def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options)
     meta = prepare(out_dir, train, val, spec, settings=settings, encode=work, **options)
     counts, total = meta['documents'], sum(meta['tokens'].values())
     print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the '
-          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer '
-          f'than a block are cut, {counts["no_answer"]:,} without an answer are dropped')
+          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a '
+          f'block are cut, {counts["no_answer"]:,} without an answer are dropped')
     return meta
 
 

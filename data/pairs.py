@@ -2,8 +2,8 @@
 Preferences: two answers to a prompt, the better one first. They are read from jsonl files, in any of these forms:
 
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."}
-    {"prompt": [message, …], "chosen": [message, …], "rejected": [message, …]}  messages as in data/conversation.py
-    {"chosen": [message, …], "rejected": [message, …]}                          two whole conversations
+    {"prompt": [message, …], "chosen": [message, …], "rejected": [message, …]}    messages as in data/conversation.py
+    {"chosen": [message, …], "rejected": [message, …]}                            two whole conversations
 """
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from data.loader import permute, stream_keys
 def read_pairs(paths, tokenizer, block_size):
     """
     (pairs, the number of those left out) of jsonl files (glob patterns with commas between). A pair is two
-    conversations, the better one first, each (ids, scored) as of chatml.encode. One with more than block_size + 1 ids,
-    or with two equal answers, is left out.
+    conversations, the better one first, each (ids, scored) as of conversation.encode. One with more than block_size + 1
+    ids, or with two equal answers, is left out.
 
     Raises UserError with file and line for a line that holds no pair, and if there is none.
     """
@@ -33,8 +33,8 @@ def read_pairs(paths, tokenizer, block_size):
             pairs += [pair] * fits
             left_out += not fits
     if not pairs:
-        too_long = f' of at most {block_size} tokens: {left_out} are left out' * bool(left_out)
-        raise UserError(f'{paths} holds no pair{too_long}')
+        why = f' of at most {block_size} tokens: {left_out} are left out' if left_out else ''
+        raise UserError(f'{paths} holds no pair{why}')
     return pairs, left_out
 
 
@@ -63,8 +63,7 @@ def to_pair(row):
 
 def collate(pairs, block_size, device):
     """x, y: (2B, T) int64 each on the device, of B pairs: the chosen conversations, then the rejected ones. y is what
-    follows each token of x where the assistant wrote it, else -1. T is a multiple of 64 or block_size: few shapes to
-    compile."""
+    follows each token of x where the assistant wrote it, else -1. T is a multiple of 64 or block_size."""
     rows = [conversation for part in zip(*pairs) for conversation in part]
     T = min(block_size, -(-max(len(ids) - 1 for ids, _ in rows) // 64) * 64)
     x, y = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), -1)

@@ -26,6 +26,8 @@ TINY = dict(block_size=32, vocab_size=257, n_layer=2, n_head=4, n_embd=32)
 LLAMA = dict(position='rope', norm='rmsnorm', mlp='swiglu', n_mlp=88)
 NANOCHAT = dict(position='rope', norm='rmsnorm', norm_gain=False, qk_norm=True, mlp='relu2', embedding_norm=True,
                 bias=False)
+FAST = {name: value for name, value in runpy.run_path(str(ROOT / 'config' / 'gpt2_fast.py')).items()
+        if name in {field.name for field in fields(GPTConfig)}}
 OURS = {  # settings, and the class that they become
     'gpt2': (dict(norm_eps=1e-3), 'GPT2LMHeadModel'),
     'gpt2 bias=False': (dict(bias=False), 'GPT2LMHeadModel'),
@@ -43,6 +45,9 @@ OURS = {  # settings, and the class that they become
     'qwen3 yarn': (dict(bias=False, qk_norm=True, head_size=16, rope_type='yarn', rope_factor=4.0,
                         rope_original_context=16) | LLAMA, 'Qwen3ForCausalLM'),
     'qwen3 linear': (dict(bias=False, qk_norm=True, rope_type='linear', rope_factor=2.5) | LLAMA, 'Qwen3ForCausalLM'),
+    'the fast recipe': (FAST, 'ApertusForCausalLM'),
+    'apertus yarn': (FAST | dict(n_kv_head=2, head_size=12, n_mlp=80, tie_embeddings=False, rope_type='yarn', rope_factor=4.0,
+                                 rope_original_context=16), 'ApertusForCausalLM'),
     'nanochat': (dict(softcap=15.0, tie_embeddings=False, norm_eps=1e-6) | NANOCHAT, 'NanoChatForCausalLM'),
     'nanochat, as unlike it as can be': (dict(n_kv_head=2, head_size=12, n_mlp=80, rope_theta=1e5) | NANOCHAT,
                                          'NanoChatForCausalLM'),
@@ -68,6 +73,8 @@ THEIRS = {
         mscale=1.5, mscale_all_dim=0.7, rope_theta=1e3), **SMALL_LLAMA),
     'llama yarn attention_factor': lambda: transformers.LlamaConfig(rope_parameters=dict(
         rope_type='yarn', factor=4.0, attention_factor=1.7), **SMALL_LLAMA),
+    'apertus': lambda: transformers.ApertusConfig(hidden_act='relu2', num_key_value_heads=2, attention_bias=True,
+                                                  **SMALL_LLAMA),
     'nanochat': lambda: transformers.NanoChatConfig(**SMALL_LLAMA),
     'nanochat grouped': lambda: transformers.NanoChatConfig(num_key_value_heads=1, final_logit_softcapping=None,
                                                             attention_bias=True, tie_word_embeddings=True, **SMALL_LLAMA),
@@ -113,7 +120,7 @@ def test_ours_in_transformers_and_back(name, tmp_path):
     assert_same_logits(ours, theirs)
     back = GPT.from_pretrained(str(tmp_path), dropout=0.1).eval()
     assert_same_logits(back, theirs)
-    assert asdict(back.config) == asdict(ours.config) | dict(dropout=0.1) | (
+    assert asdict(back.config) == asdict(ours.config) | dict(dropout=0.1, zero_init=False) | (
         dict(bias=True) if kind == 'GPT2LMHeadModel' else {})  # whose biases are then zeros
 
 
@@ -144,6 +151,8 @@ def test_the_hubs_gpt2_has_no_prefix_and_carries_masks(tmp_path):
     (dict(embedding_norm=True), 'embedding_norm=True'),
     (LLAMA | dict(norm_gain=False), 'norm_gain=False'),
     (NANOCHAT | dict(norm_gain=True), 'norm_gain=True'),
+    (FAST | dict(softcap=15.0), 'softcap=15.0'),
+    (FAST | dict(norm='layernorm'), "norm='layernorm'"),
     (NANOCHAT | dict(rope_type='yarn'), "rope_type='yarn'"),
     (NANOCHAT | dict(bias=True), 'bias=True'),
     (dict(position='rope'), "norm='layernorm'"),
@@ -157,7 +166,7 @@ def test_ours_without_a_counterpart_name_the_field(settings, words, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('settings', [{}, LLAMA, LLAMA | dict(qk_norm=True), NANOCHAT])
+@pytest.mark.parametrize('settings', [{}, LLAMA, LLAMA | dict(qk_norm=True), FAST, NANOCHAT])
 def test_a_field_that_no_family_lists_is_refused(settings, tmp_path):
     @dataclass
     class NewConfig(GPTConfig):

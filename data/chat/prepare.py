@@ -24,7 +24,7 @@ from data.files import Bad, corpus_of_files
 input = ''  # patterns as 'a/*.jsonl.gz,b/**/*.json'; json or jsonl, also as .gz or .zst
 held_out = 20  # one question in N is for validation
 skip_bad = False  # skip lines that are no conversations and count them, rather than stop and name the first
-tokenizer = 'gpt2'  # of the weights to finetune: 'bytes', a folder with a tokenizer.json …; gets ChatML's two tokens
+tokenizer = 'gpt2'  # of the weights to finetune, or 'bytes', a folder with a tokenizer.json …; gets ChatML's two tokens
 block_size = 1024  # tokens in a block: what train.py is given as --block_size
 out_dir = ''  # the dataset's folder; empty: the one of this script
 shard_size = 100_000_000  # tokens

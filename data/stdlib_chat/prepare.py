@@ -30,7 +30,7 @@ out_dir = ''  # the dataset's folder; empty: the one of this script
 block_size = 128  # tokens in a block, as in config/quickstart.py; longer conversations are left out
 seed = 1337  # of the order, and of the pairs
 
-PROPERTY = {'property', 'cached_property', 'abstractproperty', 'setter', 'deleter'}  # decorators: no own signature
+PROPERTY = {'property', 'cached_property', 'abstractproperty', 'setter', 'deleter'}  # decorators: no signature
 
 
 def definitions(body, parent):
@@ -53,7 +53,7 @@ def conversations(file):
     if '._' in f'.{module}':
         return
     for name, node in dict(definitions(tree.body, module)).items():
-        decorators = {ast.unparse(d).split('.')[-1] for d in node.decorator_list}
+        decorators = {ast.unparse(decorator).split('.')[-1] for decorator in node.decorator_list}
         if not isinstance(node, ast.ClassDef) and not decorators & PROPERTY:
             yield 'signature', f'What is the signature of {name}?', f'{node.name}({ast.unparse(node.args)})'
         if does := ' '.join((ast.get_docstring(node) or '').split('\n\n')[0].split()):
