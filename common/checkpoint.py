@@ -164,8 +164,8 @@ def crc32(path):
 # reading
 
 def resolve(init_from, out_dir):
-    """What 'auto' stands for: 'resume' if out_dir has a checkpoint, else 'scratch'. A run that torchrun restarted continues
-    from its own checkpoint too, if it has one by now. The same on all processes."""
+    """What 'auto' stands for: 'resume' if out_dir has a checkpoint, else 'scratch'. A run that torchrun restarted
+    continues from its own checkpoint too, if it has one by now. The same on all processes."""
     if init_from == 'auto' or init_from.startswith('resume:') and distributed.restarts:
         found = 'resume' if os.path.exists(os.path.join(out_dir, NAME)) else init_from.replace('auto', 'scratch')
         return distributed.all_gather(found)[0]
@@ -382,8 +382,8 @@ def resume(path, config, given, script='train.py'):
 
 
 def fit(model, vocabulary, tokenizer, config, given, resumed=''):
-    """Give a model that was trained on the tokens of `vocabulary` the run's tokenizer and block_size. resumed: the path of
-    the checkpoint that the run continues. Raises UserError if it does not fit the data or the given settings."""
+    """Give a model that was trained on the tokens of `vocabulary` the run's tokenizer and block_size. resumed: the path
+    of the checkpoint that the run continues. Raises UserError if it does not fit the data or the given settings."""
     vocabulary, block_size = tokenizer_name(vocabulary), config['block_size']
     if vocabulary + CHATML == tokenizer.name and not resumed:
         model.extend_vocab(tokenizer.base.vocab_size, tokenizer.vocab_size)
@@ -392,14 +392,14 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
                         f'{vocabulary} tokens')
     if block_size > model.config.block_size:
         if resumed:
-            raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start from '
-                            f'its weights with --init_from={resumed}')
+            raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start '
+                            f'from its weights with --init_from={resumed}')
         model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
                                             if name in given})
         return
     for name, value in asdict(model.config).items():
-        default = type(value) is int and config.get(name) == 0  # 0 stands for another number
-        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] != value and not default:
+        may_differ = name in ('dropout', 'block_size', 'zero_init') or type(value) is int and config.get(name) == 0
+        if name in given and config[name] != value and not may_differ:  # 0 stands for another number
             raise UserError(f'{given[name]}: the weights have {name}={value}')
     model.crop_block_size(block_size)
 

@@ -642,11 +642,13 @@ def describe(error):
 # how a step is divided
 
 def eval_size(config, given):
-    """(tokens in an evaluation, a line for the user or ''): of eval_tokens and eval_iters, the later one that was given."""
+    """(tokens in an evaluation, a line for the user or ''): eval_tokens or eval_iters, whichever was given last."""
     order = [name for name in given if name in ('eval_iters', 'eval_tokens')]
     if not config['eval_iters']:
         return config['eval_tokens'], ''
-    note = '{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order)) if len(order) == 2 else ''
+    note = ''
+    if len(order) == 2:
+        note = '{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order))
     if order[-1:] == ['eval_tokens']:
         return config['eval_tokens'], note
     return config['eval_iters'] * config['batch_size'] * config['block_size'], note
