@@ -1,5 +1,6 @@
 """
-Teach a chat model which of two answers is better: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+Teach a chat model which of two answers is better, by direct preference optimization (Rafailov et al. 2023,
+arXiv:2305.18290).
 
     python data/stdlib_chat/prepare.py
     python dpo.py --pairs=data/stdlib_chat/pairs_train.jsonl --val_pairs=data/stdlib_chat/pairs_val.jsonl
@@ -75,7 +76,8 @@ dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 if gradient_accumulation_steps % processes:
-    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the {processes} processes')
+    raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the {processes} '
+                    'processes')
 accumulation_steps = gradient_accumulation_steps // processes
 pairs_per_step = batch_size * gradient_accumulation_steps
 
@@ -96,16 +98,17 @@ model.activation_checkpointing = activation_checkpointing
 if not pairs or not val_pairs:
     raise UserError('pairs and val_pairs each name jsonl files of prompt, chosen and rejected')
 (train_pairs, left_out), (val_pairs, more) = (read_pairs(paths, tokenizer, block_size) for paths in (pairs, val_pairs))
-print0(f'{len(train_pairs):,} pairs to train on, {len(val_pairs):,} held out; left out: {left_out + more:,} longer than '
-       f'block_size={block_size} or without a difference')
+print0(f'{len(train_pairs):,} pairs to train on, {len(val_pairs):,} held out; left out: {left_out + more:,} longer '
+       f'than block_size={block_size} or without a difference')
 
 
 def score(pairs):
     """(2, n) float32 on the CPU: log_probs of the chosen and the rejected answers, by all processes together."""
     model.eval()
     scores = []
-    for first in range(rank * batch_size, rank * batch_size + len(pairs), batch_size * processes):  # as many on each one
-        x, y = collate([pairs[i % len(pairs)] for i in range(first, first + batch_size)], block_size, device)
+    for first in range(0, len(pairs), batch_size * processes):
+        mine = range(first + rank * batch_size, first + (rank + 1) * batch_size)  # on each process as many
+        x, y = collate([pairs[i % len(pairs)] for i in mine], block_size, device)
         with torch.no_grad(), autocast(dtype, device):
             scores.append(objectives.log_probs(model, x, y).view(2, -1).cpu())  # (2, B)
     model.train()
@@ -114,7 +117,7 @@ def score(pairs):
 
 
 def measures(policy, reference):
-    """Mean loss, reward margin and accuracy (the margin is above 0; at 0 half) of log_probs (2, n) each: (3,)."""
+    """(3,): mean loss, reward margin and accuracy (margins above 0; at 0 half) of log_probs (2, n) each."""
     losses, margins = objectives.preference_loss(policy, reference, beta, loss)
     return torch.stack((losses, margins, 0.5 + margins.sign() / 2)).mean(dim=1)
 
@@ -134,8 +137,8 @@ digest = hashlib.sha256(b''.join(ids.tobytes() for pair in train_pairs + val_pai
 step, drawn, best_val_loss, skipped = 0, 0, math.inf, 0  # drawn: pairs so far, over all processes
 if resumed:
     if resumed['data'].get('pairs') != digest:
-        raise UserError(f'the pairs changed since {path}, which has the reference\'s log-probabilities of the earlier ones: '
-                        f'--init_from={path} starts from its weights')
+        raise UserError(f'the pairs changed since {path}, which has the reference\'s log-probabilities of the earlier '
+                        f'ones: --init_from={path} starts from its weights')
     step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
     drawn, reference = resumed['data']['drawn'], resumed['reference']
     checkpoint.restore_optimizers(model, opts, resumed['optimizer'])
@@ -161,9 +164,10 @@ if distributed.master:
 def save():
     """Write what an exact resume needs, in the background once it is copied."""
     state = distributed.training_state(model, opts) | {
-        **to_record(tokenizer), 'model_args': asdict(model.config), 'config': config, 'iter_num': step, 'skipped': skipped,
-        'best_val_loss': best_val_loss, 'data': {'drawn': drawn, 'pairs': digest}, 'reference': reference,
-        'scaler': scaler.state_dict(), 'random': distributed.all_gather(checkpoint.random_state(device))}
+        **to_record(tokenizer), 'model_args': asdict(model.config), 'config': config, 'iter_num': step,
+        'skipped': skipped, 'best_val_loss': best_val_loss, 'data': {'drawn': drawn, 'pairs': digest},
+        'reference': reference, 'scaler': scaler.state_dict(),
+        'random': distributed.all_gather(checkpoint.random_state(device))}
     checkpoint.save(state, out_dir, keep=keep_checkpoints)
 
 

@@ -94,7 +94,7 @@ if __name__ == '__main__':
     model, name = load_model(init_from, out_dir, device)
     data = Split(dataset, split)
     if data.masked:
-        raise UserError(f'{dataset} holds conversations, whose answers alone are scored: train.py --eval_only does that')
+        raise UserError(f'{dataset} holds conversations, and only answers are scored: train.py --eval_only does that')
     if tokenizer_name(data.tokenizer) != tokenizer_name(name):
         raise UserError(f'{dataset} is tokenized with {tokenizer_name(data.tokenizer)}, but the model reads '
                         f'{tokenizer_name(name)} tokens')

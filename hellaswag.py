@@ -33,7 +33,8 @@ from tqdm import tqdm
 from common import distributed
 from common.checkpoint import load_model
 from common.device import autocast, pick_device, pick_dtype
-from data.download import download, write
+from data.atomic import write
+from data.download import download
 from data.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------

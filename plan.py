@@ -47,13 +47,9 @@ def empty_model(config):
 
 def predicted_loss(n, n_non_embedding, tokens):
     """(Chinchilla's, Kaplan's) nats per token after training n parameters on `tokens` tokens, each for its own text
-    and tokens of about four characters.
-
-    Hoffmann et al. 2022 (arXiv:2203.15556), equation 10; Kaplan et al. 2020 (arXiv:2001.08361), equation 1.5.
-    """
-    chinchilla = 1.69 + 406.4 / n**0.34 + 410.7 / tokens**0.28
+    and tokens of about four characters. Kaplan et al. 2020, arXiv:2001.08361, equation 1.5."""
     kaplan = ((6.4e13 / n_non_embedding)**(0.076 / 0.103) + 1.8e13 / tokens)**0.103
-    return chinchilla, kaplan
+    return laws.EQUATION_10.loss(n, tokens), kaplan
 
 
 def memory(model, config, gpus):
@@ -124,7 +120,7 @@ def report(config):
     distributed.check_layout(config['parallel'], config['replicas'], config['cpu_offload'],
                              config['sharded_checkpoints'], planned=gpus)
     model = empty_model(config)
-    configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises for settings that do not fit together
+    configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises if they do not fit together
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
     steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
@@ -176,15 +172,14 @@ def optima(budget, fit):
 if __name__ == '__main__':
     config = configure(globals(), base='train.py')
     if budget or fit:
-        ignored = ', '.join(name for name in given if name not in ('budget', 'fit'))
         if not 0 < budget < math.inf:
             raise UserError(f'fit={fit} needs a budget: --budget=1e19' if not budget else
                             f'budget={budget} must be a number of FLOPs above 0')
-        if ignored:
-            raise UserError(f'with budget no run is planned: {ignored} would be ignored')
+        if ignored := [name for name in given if name not in ('budget', 'fit')]:
+            raise UserError(f'with budget no run is planned: {", ".join(ignored)} would be ignored')
         print(optima(budget, fit))
-        raise SystemExit
-    try:
-        print(report(config))
-    except ValueError as error:
-        raise UserError(error) from None
+    else:
+        try:
+            print(report(config))
+        except ValueError as error:
+            raise UserError(error) from None

@@ -94,7 +94,7 @@ def check_data(config, step):
     train, val = (Loader(config['dataset'], split, config['batch_size'], config['block_size'], seed=config['seed'],
                          shuffle=config['shuffle'] and split == 'train') for split in ('train', 'val'))
     tokens = sum(data.n_tokens for data in train.splits)
-    return train, (f'{config["dataset"]}: {tokens:,} tokens, of which the run reads {config["max_iters"] * step:,}; '
+    return train, (f'{config["dataset"]}: {tokens:,} tokens, and the run reads {config["max_iters"] * step:,}; '
                    f'{sum(data.n_tokens for data in val.splits):,} to validate on')
 
 
@@ -105,13 +105,11 @@ def check_tokenizer(data):
 
 def check_model(config, tokenizer):
     """Found: the run's GPTConfig."""
-    source, path = config['init_from'], os.path.join(config['out_dir'], checkpoint.NAME)
-    if source == 'auto':
-        source = 'resume' if os.path.exists(path) else 'scratch'
-    vocabulary = tokenizer.name
+    source = checkpoint.resolve(config['init_from'], config['out_dir'])
+    path, vocabulary = checkpoint.resume_path(source, config['out_dir']), tokenizer.name
     if source == 'scratch':
         gpt = plan.empty_model(config).config
-    elif path := checkpoint.resume_path(source, config['out_dir']):
+    elif path:
         saved = checkpoint.load(path, resume=True)
         checkpoint.compare_settings(saved, path, config, given)
         gpt, vocabulary = GPTConfig(**saved['model_args']), tokenizer_name(saved['tokenizer'])
@@ -166,14 +164,11 @@ def check_disk(config, gpt):
 
 def check_hellaswag(config, tokenizer, gpt):
     """Found: the number of items. Downloads them if the run would."""
+    items, why_none = hellaswag.items_of_run(config, given)
     if not config['hellaswag_interval']:
-        return 0, 'not scored: hellaswag_interval is 0'
-    try:
-        items = hellaswag.load_items(config['hellaswag_data'], config['hellaswag_limit'])
-    except UserError as error:
-        if {'hellaswag_interval', 'hellaswag_data', 'hellaswag_limit'} & set(given):
-            raise
-        raise Minor(f'not scored: {error}; --hellaswag_interval=0 turns it off') from None
+        return 0, f'not scored: {why_none}'
+    if why_none:
+        raise Minor(f'not scored: {why_none}')
     return len(hellaswag.prepare(items, tokenizer, gpt.block_size)), f'{len(items):,} items'
 
 

@@ -111,11 +111,6 @@ def short(x):
     return f'{x / 1000**power:.3g}{" kMBT"[power].strip()}'
 
 
-def bounds(samples):
-    """(low, high) between which 90% of the samples lie."""
-    return samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-
-
 def draw(path, fitted, unseen, law, predictions):
     """Three panels of loss: against compute with the frontier, against parameters, against tokens."""
     from matplotlib import colormaps, ticker
@@ -219,8 +214,8 @@ def main():
     data = [torch.tensor([getattr(run, name) for run in fitted], dtype=torch.float64) for name in ('n', 'd', 'loss')]
     law = laws.fit(*data)
     resampled, noise = laws.resample(*data, law, resamples)
-    intervals = {name: bounds(getattr(resampled, name)) for name in asdict(law)}
-    exponent = bounds(resampled.beta / (resampled.alpha + resampled.beta))
+    intervals = {name: laws.interval(getattr(resampled, name)).tolist() for name in asdict(law)}
+    exponent = laws.interval(resampled.beta / (resampled.alpha + resampled.beta)).tolist()
     E, A, alpha, B, beta = map(float, astuple(law))
     print(f'\n{len(fitted)} runs, {short(min(data[0]))} to {short(max(data[0]))} parameters, '
           f'{short(min(data[1]))} to {short(max(data[1]))} tokens')

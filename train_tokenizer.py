@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from configurator import UserError, configure
-from data.download import write
+from data.atomic import write
 from data.files import corpus_of_files, find_files
 from data.tokenizer import END_OF_TEXT, TokenizerJSON, get_tokenizer
 

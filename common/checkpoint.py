@@ -76,12 +76,8 @@ def save(checkpoint, out_dir, best=False, keep=0):
 
 def keep_tokenizer(tokenizer, out_dir):
     """Write the files of a tokenizer that has some into out_dir, where load finds them."""
-    def write(path, content):
-        with files.atomic_write(path) as f:
-            f.write(content)
-
     try:
-        keep_files(tokenizer, out_dir, write)
+        keep_files(tokenizer, out_dir)
     except OSError as error:
         raise UserError(f'the tokenizer cannot be written into {out_dir}: {files.reason(error)}') from None
 
@@ -111,7 +107,8 @@ def write(checkpoint, out_dir, best, keep):
         if 'shards' in checkpoint:
             folder = out_dir / checkpoint['shards']
             distributed.save_shards(checkpoint.pop('tensors'), folder)
-            sums = distributed.all_gather(own_checksums(folder), distributed.writers)
+            own = folder.glob(f'shard-{distributed.rank + 1:05d}-*')
+            sums = distributed.all_gather({path.name: crc32(path) for path in own}, distributed.writers)
             if not distributed.master:
                 return True
             checkpoint['crc32'] = {name: crc for part in sums for name, crc in part.items()}
@@ -156,11 +153,6 @@ def remove_unused_shards(out_dir):
             shutil.rmtree(folder)
 
 
-def own_checksums(folder):
-    """{name: CRC-32} of the files that this process has written into a folder of shards."""
-    return {path.name: crc32(path) for path in folder.glob(f'shard-{distributed.rank + 1:05d}-*')}
-
-
 def crc32(path):
     value = 0
     with open(path, 'rb') as f:
@@ -172,8 +164,8 @@ def crc32(path):
 # reading
 
 def resolve(init_from, out_dir):
-    """What 'auto' stands for: 'resume' if out_dir has a checkpoint, else 'scratch'. A run that torchrun restarted continues
-    from its own checkpoint too, if it has one by now. The same on all processes."""
+    """What 'auto' stands for: 'resume' if out_dir has a checkpoint, else 'scratch'. A run that torchrun restarted
+    continues from its own checkpoint too, if it has one by now. The same on all processes."""
     if init_from == 'auto' or init_from.startswith('resume:') and distributed.restarts:
         found = 'resume' if os.path.exists(os.path.join(out_dir, NAME)) else init_from.replace('auto', 'scratch')
         return distributed.all_gather(found)[0]
@@ -188,8 +180,8 @@ def resume_path(init_from, out_dir):
     return init_from.removeprefix('resume:') if init_from.startswith('resume:') else None
 
 
-def load(path, device='cpu', resume=False):
-    """The checkpoint at path, checked as a whole: its bytes, its entries, and that its weights fit model.py.
+def load(path, resume=False):
+    """The checkpoint at path, on the CPU, checked as a whole: bytes, entries, and that its weights fit model.py.
 
     resume: it must also hold what continuing a run needs. Raises UserError that names the file and the problem.
     """
@@ -203,7 +195,7 @@ def load(path, device='cpu', resume=False):
     peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]
     try:  # no other class is let in
         with torch.serialization.safe_globals(peers):
-            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path} is not a readable checkpoint: it holds objects that are neither tensors nor plain '
                         'values, and these are not loaded, since that could run code') from None
@@ -373,8 +365,8 @@ def compare_settings(checkpoint, path, config, given):
 
 
 def resume(path, config, given, script='train.py'):
-    """The checkpoint at path, for a run of this script that continues it: config, {name: value}, takes its model's settings,
-    and what differs is printed. given: the settings that the user set. Raises UserError for one that can't take effect."""
+    """The checkpoint at path, for a run of this script that continues it: config, {name: value}, takes its model's
+    settings, and what differs is printed. given: as for compare_settings, which raises UserError."""
     saved = load(path, resume=True)
     its = 'dpo.py' if 'reference' in saved else 'train.py'
     if its != script:
@@ -384,13 +376,14 @@ def resume(path, config, given, script='train.py'):
     if taken:
         print0(f'from {path}: {", ".join(f"{name}={value}" for name, value in taken.items())}')
     if changed:
-        print0(f'changed since {path}: ' + ', '.join(f'{name}={now} (was {then})' for name, (then, now) in changed.items()))
+        lines = (f'{name}={now} (was {then})' for name, (then, now) in changed.items())
+        print0(f'changed since {path}: {", ".join(lines)}')
     return saved
 
 
 def fit(model, vocabulary, tokenizer, config, given, resumed=''):
-    """Give a model that was trained on the tokens of `vocabulary` the run's tokenizer and block_size. resumed: the path of
-    the checkpoint that the run continues. Raises UserError if it does not fit the data or the given settings."""
+    """Give a model that was trained on the tokens of `vocabulary` the run's tokenizer and block_size. resumed: the path
+    of the checkpoint that the run continues. Raises UserError if it does not fit the data or the given settings."""
     vocabulary, block_size = tokenizer_name(vocabulary), config['block_size']
     if vocabulary + CHATML == tokenizer.name and not resumed:
         model.extend_vocab(tokenizer.base.vocab_size, tokenizer.vocab_size)
@@ -399,14 +392,14 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
                         f'{vocabulary} tokens')
     if block_size > model.config.block_size:
         if resumed:
-            raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start from '
-                            f'its weights with --init_from={resumed}')
+            raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start '
+                            f'from its weights with --init_from={resumed}')
         model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
                                             if name in given})
         return
     for name, value in asdict(model.config).items():
-        default = type(value) is int and config.get(name) == 0  # 0 stands for another number
-        if name in given and name not in ('dropout', 'block_size', 'zero_init') and config[name] != value and not default:
+        may_differ = name in ('dropout', 'block_size', 'zero_init') or type(value) is int and config.get(name) == 0
+        if name in given and config[name] != value and not may_differ:  # 0 stands for another number
             raise UserError(f'{given[name]}: the weights have {name}={value}')
     model.crop_block_size(block_size)
 

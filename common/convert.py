@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from common.device import DTYPES
 from common.files import reason
+from data.atomic import atomic_write
 from data.errors import UserError, some
 from data.tokenizer import CHATML, TOKENIZERS, get_tokenizer, printable, tokenizer_files
 
@@ -138,7 +139,7 @@ def layout(family, config):
     return tensors
 
 
-def rows(ours, theirs, shape, config):
+def rows(theirs, shape, config):
     """How many rows of our tensor each of theirs has."""
     if len(theirs) == 3:  # queries, keys, values
         return [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
@@ -206,8 +207,8 @@ def read_tensors(name):
         if not index:
             old = any(find(name, f'pytorch_model.bin{end}', optional=True) for end in ('', '.index.json'))
             raise UserError(f'{name} holds no model.safetensors' + (
-                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers '
-                'writes one' if old else ': a folder written by save_pretrained does'))
+                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of '
+                'transformers writes one' if old else ': a folder written by save_pretrained does'))
         parts = read_json(index).get('weight_map')
         parts = list(parts.values()) if isinstance(parts, dict) else [None]
         if not all(isinstance(part, str) and re.fullmatch(r'[\w-][\w.-]*\.safetensors', part) for part in parts):
@@ -275,7 +276,7 @@ def translate(name, family, config, theirs, biases):
     weights = {}
     for ours, (shape, keys) in expected.items():
         parts = []
-        for key, n in zip(keys, rows(ours, keys, shape, config)):
+        for key, n in zip(keys, rows(keys, shape, config)):
             w, wanted = theirs[key], turn(family, key, torch.empty(n, *shape[1:], device='meta'), config).shape
             if w.shape != wanted:
                 raise UserError(f'{name}: {key} has the shape {tuple(w.shape)}, and config.json asks for '
@@ -431,11 +432,11 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     weights = {}
     for ours, (shape, keys) in layout(family, replace(config, bias=config.bias or not family.biases)).items():
         w = state_dict[ours] if ours in state_dict else torch.zeros(shape)  # transformers' GPT-2 always has biases
-        for key, part in zip(keys, w.split(rows(ours, keys, shape, config))):
+        for key, part in zip(keys, w.split(rows(keys, shape, config))):
             weights[key] = turn(family, key, part, config).to(DTYPES[dtype]).contiguous()
             if not weights[key].isfinite().all():
                 raise UserError(f'{key} has values that are not finite' + f' in {dtype}' * bool(part.isfinite().all()))
-    files = tokenizer_files(tokenizer, config.block_size) | {'config.json': hf}
+    files = {'config.json': hf} | tokenizer_files(tokenizer, config.block_size)  # config.json makes the folder a model
     write_folder(Path(folder).expanduser(), weights, files)
 
 
@@ -457,24 +458,23 @@ def check_exportable(config, name):
 
 
 def write_folder(folder, weights, files):
-    """Write model.safetensors and files {name: JSON object, text or bytes}, which get their places once all are
-    complete; config.json, which makes the folder a model, is the last."""
+    """Write model.safetensors and files {name: JSON object or bytes}, which get their places once all are complete, in
+    reverse: the first of the files is the last."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            save_file(weights, Path(temporary, 'model.safetensors'), metadata={'format': 'pt'})
+        with ExitStack() as stack:
             for file, content in files.items():
                 if isinstance(content, dict):
-                    content = json.dumps(content, indent=1, ensure_ascii=False) + '\n'
-                Path(temporary, file).write_bytes(content if isinstance(content, bytes) else content.encode())
-            written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == 'config.json')
-            for path in written:
-                with open(path, 'rb+') as f:
-                    os.fsync(f.fileno())
-            for path in written:
-                os.replace(path, folder / path.name)
+                    content = (json.dumps(content, indent=1, ensure_ascii=False) + '\n').encode()
+                f = stack.enter_context(atomic_write(folder / file))
+                f.write(content)
+                f.flush()  # a full disk is known before any file gets its place
+            f = stack.enter_context(atomic_write(folder / 'model.safetensors'))
+            save_file(weights, f.name, {'format': 'pt'})
+            with open(f.name, 'rb+') as written:  # in place of f: save_file may have replaced it
+                os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None
 

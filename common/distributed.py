@@ -41,7 +41,8 @@ store = None  # torch.distributed's key-value store, a part of it that belongs t
 progress = 0, time.monotonic()  # how many collectives this process has reached, and when it reached the last
 busy = failing = ended = False  # in work that the others wait for; printing an error; past the last collective
 neighbours = []  # (rank, connection) of the previous and of the next one
-background = ThreadPoolExecutor(1)
+background = ThreadPoolExecutor(1, initializer=lambda: (  # else its thread uses GPU 0
+    torch.cuda.is_initialized() and torch.cuda.set_device(local_rank)))
 pending = None  # the last work given to it
 writers = None  # the process group in which threads that write shards talk, apart from the training
 
@@ -101,8 +102,7 @@ def join(timeout):
     """The part of torchrun's store that these processes share with no earlier ones. Raises UserError that names who is
     missing.
 
-    torchrun hands the same store to the processes that it starts after a failure, and the store still holds keys of
-    the failed attempt. Its env:// rendezvous leaves them in place, and TORCHELASTIC_RESTART_COUNT is no prefix to
+    After a failure the store still holds keys of the failed attempt, and TORCHELASTIC_RESTART_COUNT is no prefix to
     tell attempts apart: each agent counts its own restarts (pytorch/pytorch#135712). So rank 0 draws a name for the
     attempt, and gives it to each process that asks under a name of its own.
     """
@@ -445,14 +445,8 @@ def first_then_all(function):
 def in_background(function, *args):
     """Start function(*args) in a thread, after what was started before. Returns its future."""
     global pending
-    pending = background.submit(on_device, function, *args)
+    pending = background.submit(function, *args)
     return pending
-
-
-def on_device(function, *args):
-    if torch.cuda.is_initialized():
-        torch.cuda.set_device(local_rank)  # each thread starts with GPU 0
-    return function(*args)
 
 
 def result(future):
@@ -648,11 +642,13 @@ def describe(error):
 # how a step is divided
 
 def eval_size(config, given):
-    """(tokens in an evaluation, a line for the user or ''): of eval_tokens and eval_iters, the later one that was given."""
+    """(tokens in an evaluation, a line for the user or ''): eval_tokens or eval_iters, whichever was given last."""
     order = [name for name in given if name in ('eval_iters', 'eval_tokens')]
     if not config['eval_iters']:
         return config['eval_tokens'], ''
-    note = '{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order)) if len(order) == 2 else ''
+    note = ''
+    if len(order) == 2:
+        note = '{1}={3} replaces {0}={2}, given before it'.format(*order, *map(config.get, order))
     if order[-1:] == ['eval_tokens']:
         return config['eval_tokens'], note
     return config['eval_iters'] * config['batch_size'] * config['block_size'], note

@@ -6,16 +6,14 @@ import os
 import re
 import shutil
 import socket
-import uuid
 from pathlib import Path
 
 import filelock
 
+from data.atomic import atomic_write, remove_leftovers
 from data.errors import UserError
 
 LOCK = '.lock'  # in out_dir
-# what a killed atomic_write leaves
-TEMPORARY = re.compile(r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)\.[0-9a-f]{12}\.tmp')
 
 
 def lock(out_dir, timeout=0):
@@ -40,27 +38,8 @@ def lock(out_dir, timeout=0):
     with contextlib.suppress(OSError):  # a full disk
         if isinstance(held, filelock.UnixFileLock):
             path.write_text(f'pid {os.getpid()} on {socket.gethostname()}\n')
-        for leftover in path.parent.iterdir():
-            if TEMPORARY.fullmatch(leftover.name):
-                leftover.unlink()
+        remove_leftovers(path.parent, r'(\d+\.)?(ckpt\w*\.pt|log\.jsonl|tokenizer\w*\.json)')
     return held
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """A binary file to write to, which replaces path once it is complete and on the disk. A failure leaves path as it
-    was, and no temporary file."""
-    temporary = Path(f'{path}.{uuid.uuid4().hex[:12]}.tmp')
-    try:
-        with open(temporary, 'xb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a read-only file system: the next lock() removes it
-            temporary.unlink()
-        raise
 
 
 def copy(source, path):

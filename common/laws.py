@@ -42,7 +42,8 @@ def power(n0, flops0, exponent):
     return optimum
 
 
-CHINCHILLA = Law(1.6934, 406.4, 0.3392, 410.7, 0.2849)  # section D.3; two more digits than equation 10, from its source
+CHINCHILLA = Law(1.6934, 406.4, 0.3392, 410.7, 0.2849)  # section D.3, with two more digits, from its source: its optima
+EQUATION_10 = Law(1.69, 406.4, 0.34, 410.7, 0.28)  # the same fit as printed: its losses, such as 1.94 for Chinchilla
 REFIT = Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658)
 OPTIMA = {  # exponents of table 2, points of tables 3 and A3
     'Hoffmann et al. 2022, approach 1 (training curves)': power(1e9, 1.21e20, 0.50),
@@ -139,9 +140,12 @@ def resample(n, d, loss, law, times=200, seed=0):
     return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start, steps=40), draws[..., R]
 
 
-def predict(law, laws, noise, n, d, level=0.9):
-    """(loss, low, high) of a run of n parameters and d tokens that none of the fits has seen: the bounds of an interval
-    that holds its loss with probability `level`, from resample's laws and noise."""
-    losses = (laws.loss(n, d).log() + noise).exp()
-    low, high = losses.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=-1)
-    return law.loss(n, d), low, high
+def interval(samples):
+    """(low, high) between which 90% of the samples (…, times) lie."""
+    return samples.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64), dim=-1)
+
+
+def predict(law, laws, noise, n, d):
+    """(loss, low, high) of a run of n parameters and d tokens that none of the fits has seen: the bounds of its 90%
+    interval, from resample's laws and noise."""
+    return law.loss(n, d), *interval((laws.loss(n, d).log() + noise).exp())

@@ -4,9 +4,10 @@ The dataset format, read: a split of a dataset is one stream of token ids, store
 A dataset is a folder of `train_000000.npy` ..., `val_000000.npy` ... (1-D uint16 or uint32; the end-of-text id precedes
 each document, and a document may continue in the next shard) with a `meta.json` that names the tokenizer and lists
 every shard with its tokens and sha256. A tokenizer from a file has a copy there, tokenizer.json, and its sha256 in
-meta.json. Conversations have a mask beside each shard (train_000000.mask.npy, uint8, with its sha256 in meta.json): 1 for
-an id that is scored as a target, 0 for one that is only read. They are packed into blocks of meta.json's block_size, each
-whole in its block. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as nanoGPT's meta.pkl says:
+meta.json. Conversations have a mask beside each shard (train_000000.mask.npy, uint8, with its sha256 in meta.json):
+1 for an id that is scored as a target, 0 for one that is only read. They are packed into blocks of meta.json's
+block_size, each whole in its block. Other projects' shards need no meta.json and are read as GPT-2's tokens, or as
+nanoGPT's meta.pkl says:
 
     *_train_*.npy                 build-nanogpt
     *_train_*.bin, *_train.bin    llm.c, modded-nanogpt: 256 int32 (20240520, 1, tokens, 0, ...), then uint16
@@ -39,6 +40,7 @@ FOREIGN = {split: (f'*_{split}_*.npy', f'*_{split}_*.bin', f'*_{split}.bin', f'{
            for split in ('train', 'val')}
 BIN_HEADER, BIN_MAGIC, BIN_VERSION = 1024, 20240520, 1  # the length is in bytes
 START_OVER = 'delete the .npy and .json files there to prepare it from scratch'
+IDS = np.uint16, np.uint32
 SAMPLE = 4096                                           # ids checked at three places of each shard
 OPEN_FILES = 512 if sys.platform == 'linux' else 128    # half of the usual limits: 1,024 and, on macOS, 256
 OPENED, LOCK = {}, threading.Lock()                     # {shard: file}, for all reading threads
@@ -66,7 +68,7 @@ class Shard:
         """The file, unbuffered. The first time, raises UserError unless it is the shard described here."""
         if self.offset is not None:
             return open(self.path, 'rb', buffering=0)
-        file, tokens, dtype, self.offset = open_shard(self.path, *[self.dtype] * (self.dtype == np.uint8))
+        file, tokens, dtype, self.offset = open_shard(self.path, IDS if self.dtype in IDS else [self.dtype])
         if (tokens, dtype) != (self.tokens, self.dtype):
             file.close()
             raise damaged(self.path, f'it holds {tokens:,} ids of {dtype}, '
@@ -261,13 +263,13 @@ def foreign_shard(path):
     return Shard(path, tokens, dtype, f'{stat.st_size} bytes, {stat.st_mtime_ns}')
 
 
-def open_shard(path, *dtypes):
-    """(unbuffered file, tokens, dtype, offset of the first token in bytes) of a shard in any of the formats; dtypes: of a
-    .npy file's, if they are others than those of ids."""
+def open_shard(path, dtypes=IDS):
+    """(unbuffered file, tokens, dtype, offset of the first token in bytes) of a shard in any of the formats. dtypes:
+    those that a .npy file may have."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, 'rb', buffering=0))
-            tokens, dtype, offset = npy_header(file, *dtypes) if path.suffix == '.npy' else bin_header(file)
+            tokens, dtype, offset = npy_header(file, dtypes) if path.suffix == '.npy' else bin_header(file)
             size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             raise UserError(f'{path} is missing: copy it again, or {START_OVER}') from None
@@ -283,13 +285,13 @@ def open_shard(path, *dtypes):
         return file, tokens, dtype, offset
 
 
-def npy_header(file, *dtypes):
+def npy_header(file, dtypes):
     """(tokens, dtype, offset) of a .npy file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
-    if len(shape) != 1 or dtype not in (dtypes or (np.uint16, np.uint32)):
-        raise ValueError(f'it holds {len(shape)}-D {dtype}, not 1-D {dtypes[0] if dtypes else "uint16 or uint32"}')
+    if len(shape) != 1 or dtype not in dtypes:
+        raise ValueError(f'it holds {len(shape)}-D {dtype}, not 1-D {" or ".join(np.dtype(d).name for d in dtypes)}')
     return shape[0], dtype, file.tell()
 
 

@@ -1,16 +1,15 @@
 """
-Files from the network, each identified by its sha256, and writing a file so that it is never there in part.
+Files from the network, each identified by its sha256.
 """
 import hashlib
 import os
-import uuid
 from pathlib import Path
 
+from data.atomic import write
 from data.errors import UserError
 
 TINY_SHAKESPEARE = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                     '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
-TEMPORARY = '.prepare-'  # begins the name of every temporary file
 
 
 def download(url, sha256, path, option='--input=FILE'):
@@ -36,19 +35,6 @@ def download(url, sha256, path, option='--input=FILE'):
         except OSError as error:
             raise UserError(f'{path} cannot be written: {error.strerror}') from None
     return path
-
-
-def write(path, content):
-    """Write bytes under a temporary name, which nobody else uses, and rename the file when it is on the disk."""
-    temporary = Path(path).with_name(f'{TEMPORARY}{uuid.uuid4().hex}')
-    try:
-        with open(temporary, 'xb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_text(path):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.dataset import Split
-from data.errors import UserError
+from data.errors import UserError, some
 from data.tokenizer import tokenizer_name
 
 AHEAD = 4       # batches prepared at once while the model is busy with the previous ones
@@ -40,8 +40,8 @@ class Loader:
     move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle, and not those of
     conversations, which are packed to block_size)
 
-    Attributes: tokenizer (for get_tokenizer), vocab_size, eot. Raises UserError if a dataset is missing, damaged or too small,
-    or if the mixture is invalid.
+    Attributes: tokenizer (for get_tokenizer), vocab_size, eot. Raises UserError if a dataset is missing, damaged or
+    too small, or if the mixture is invalid.
     """
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
@@ -50,16 +50,16 @@ class Loader:
         mixture = parse_mixture(dataset)
         self.splits = [Split(name, split, check=rank == 0) for name in mixture]
         self.names, self.weights = short_names(dataset, list(mixture), self.splits), list(mixture.values())
-        self.tokenizer, self.vocab_size, self.eot = (
-            self.splits[0].tokenizer, self.splits[0].vocab_size, self.splits[0].eot)
+        first = self.splits[0]
+        self.tokenizer, self.vocab_size, self.eot = first.tokenizer, first.vocab_size, first.eot
         for data in self.splits:
-            first, other = tokenizer_name(self.tokenizer), tokenizer_name(data.tokenizer)
-            if first != other:
-                raise UserError(f'{self.splits[0].folder} has the tokenizer {first} and {data.folder} has {other}: '
+            names = [tokenizer_name(split.tokenizer) for split in (first, data)]
+            if names[0] != names[1]:
+                raise UserError(f'{first.folder} has the tokenizer {names[0]} and {data.folder} has {names[1]}: '
                                 'a mixture needs one tokenizer')
             if data.block_size not in (0, block_size):
-                raise UserError(f'{data.folder} is packed for block_size={data.block_size}, not {block_size}: train with '
-                                'that, or prepare it with another --block_size')
+                raise UserError(f'{data.folder} is packed for block_size={data.block_size}, not {block_size}: '
+                                'train with that, or prepare it with another --block_size')
             if data.n_tokens <= block_size - (data.block_size > 0):
                 raise UserError(f'the {split} split of {data.folder} has {data.n_tokens:,} tokens, too few for one '
                                 f'block of block_size={block_size} and the token that follows it')
@@ -71,7 +71,8 @@ class Loader:
         self.n_blocks = [(data.n_tokens - (not data.block_size)) // block_size for data in self.splits]
         # a dataset alone has stream 0; in a mixture the name decides, or datasets of one size share one permutation
         self.orders = [{'version': 2, 'stream': zlib.crc32(name.encode()) if len(mixture) > 1 else 0,
-                        'move_blocks': move_blocks and not data.block_size} for name, data in zip(self.names, self.splits)]
+                        'move_blocks': move_blocks and not data.block_size}
+                       for name, data in zip(self.names, self.splits)]
         self.drawn = [0] * len(mixture)     # blocks drawn from each dataset by all processes: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
 
@@ -170,10 +171,6 @@ class Loader:
         return {name: {'share': drawn / max(1, sum(self.drawn)), 'epochs': drawn / n}
                 for name, drawn, n in zip(self.names, self.drawn, self.n_blocks)}
 
-    def fingerprint(self):
-        """{dataset: {shard: its sha256, or size and modification time}}: what tells this data from other data."""
-        return {name: data.fingerprint() for name, data in zip(self.names, self.splits)}
-
     def state_dict(self):
         """For each dataset, the position, what the order depends on, and the shards' fingerprints: plain integers and
         strings. Batches that are only prefetched don't count."""
@@ -205,8 +202,7 @@ class Loader:
             self.orders[k] = {key: then.get(key, value) for key, value in first_version.items()}
             shards = then.get('shards', now['shards'])
             if files := sorted(str(f) for f in shards | now['shards'] if shards.get(f) != now['shards'].get(f)):
-                more = f' and {len(files) - 3} more' * (len(files) > 3)
-                self.print0(f'{self.splits[k].folder}: {", ".join(files[:3])}{more} changed since the checkpoint; '
+                self.print0(f'{self.splits[k].folder}: {some(files)} changed since the checkpoint; '
                             'training continues with what they hold now')
 
     def print0(self, line):

@@ -8,8 +8,8 @@ with which another call continues right after them; corpus(None) starts at the b
 come back, in order, as token ids, which fill shards of `shard_size` tokens.
 
 A shard gets its name when it is complete and on the disk, and progress.json then records where in the corpus it ends,
-so that a killed run continues from there. meta.json comes last: a folder that has one is complete. Everything else
-that is written has a name that begins with `.prepare-`, and nothing else is ever removed.
+so that a killed run continues from there. meta.json comes last: a folder that has one is complete. Until then all that
+is written has a temporary name, and nothing else is ever removed.
 """
 import collections
 import contextlib
@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data import clean as cleaning
+from data.atomic import remove_leftovers, write
 from data.dataset import START_OVER, check_entries, listed_shard, no_meta
-from data.download import TEMPORARY, write
 from data.errors import UserError
 from data.tokenizer import get_tokenizer, keep_files, to_record
 from data.workers import in_order, interruptible, workers
 
+TEMPORARY = '.prepare-'  # begins the names of files in the making
 BATCH_CHARS = 1_000_000  # what a worker gets at a time
 FIRST = TEMPORARY + 'first.npy'  # the first shard, until the number of tokens tells how much of it is for validation
 
@@ -44,7 +45,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     max_tokens: stop after this many tokens (0: no limit); num_proc: workers (0: one per core)
     clean, dedup ('', 'exact', 'minhash'): see data/clean.py
     total: the number of documents, if it is known, for the progress bar
-    encode: what a worker does instead of tokenize, without clean and dedup; ids with a mask are (n,) of fields id and scored
+    encode: what a worker does instead of tokenize, without clean and dedup; ids with a mask are (n,) of fields id and
+    scored
 
     Returns what meta.json holds. Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
@@ -67,12 +69,14 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
                 num_proc = num_proc or cores()
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
-                spec = keep_files(tokenizer, out_dir, write)
-                work = functools.partial(encode or functools.partial(tokenize, clean=clean, dedup=dedup), tokenizer=spec)
+                spec = keep_files(tokenizer, out_dir)
+                encode = encode or functools.partial(tokenize, clean=clean, dedup=dedup)
+                work = functools.partial(encode, tokenizer=spec)
                 write_shards(out_dir, corpora, state, spec, work, num_proc, total, check_interrupt)
                 state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
+            remove_leftovers(out_dir, r'\w+\.jsonl?')
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'interrupted: the same command continues after the last complete shard in {out_dir}'
                                 ) from None
@@ -90,7 +94,7 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
     shard_size, max_tokens = settings['shard_size'], settings['max_tokens']
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
-    written = sum(entry['tokens'] for entry in shards)
+    written = count_tokens(shards)
     shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
 
     def close_shard():
@@ -132,14 +136,13 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
             check_interrupt()
             if shard.tokens:
                 close_shard()
-            if sum(entry['tokens'] for entry in shards if entry['file'].startswith(split)) < (1 if split else 2):
+            if count_tokens(shards, split) < (1 if split else 2):
                 raise UserError(f'{out_dir}: too little text{" for validation" * (split == "val")} in '
                                 + describe(resume['counts']))
             if not split:
                 cut_first(out_dir, shard, shards)
             resume = {**resume, 'split': order[order.index(split) + 1], 'corpus': None, 'skip': 0}
             save_progress()
-    shard.close_files()
     state['resume'] = resume
 
 
@@ -213,18 +216,12 @@ class ShardWriter:
         self.begin()
 
     def begin(self):
-        self.files, self.tokens, self.documents = {}, 0, 0
-
-    def open(self, suffix, dtype):
-        """The file of the ids (suffix ''), or of their mask."""
-        path = self.folder / f'{TEMPORARY}shard{suffix}'
-        path.unlink(missing_ok=True)
-        self.files[suffix] = open(path, 'x+b'), dtype
-        self.write_header(*self.files[suffix])
+        self.files, self.tokens, self.documents = {}, 0, 0  # files: of the ids ('') and of their mask ('.mask')
 
     def write_header(self, file, dtype):  # of the same length for any number: numpy leaves room for it to grow
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {'descr': dtype.str, 'fortran_order': False, 'shape': (self.tokens,)})
+        header = {'descr': dtype.str, 'fortran_order': False, 'shape': (self.tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
 
     def write(self, tokens):
         """tokens: (n,) ids, or (n,) with the fields id and scored."""
@@ -233,7 +230,10 @@ class ShardWriter:
             columns = {'': np.ascontiguousarray(tokens['id']), '.mask': np.ascontiguousarray(tokens['scored'])}
         for suffix, column in columns.items():
             if suffix not in self.files:
-                self.open(suffix, column.dtype)
+                path = self.folder / f'{TEMPORARY}shard{suffix}'
+                path.unlink(missing_ok=True)
+                self.files[suffix] = open(path, 'x+b'), column.dtype
+                self.write_header(*self.files[suffix])
             self.files[suffix][0].write(column)
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(columns[''] == self.eot))
@@ -246,18 +246,11 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            sha256 = hashlib.sha256()
-            while piece := file.read(1 << 20):
-                sha256.update(piece)
+            entry['mask_sha256' if suffix else 'sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
             file.close()
             os.replace(file.name, (self.folder / name).with_suffix(f'{suffix}.npy'))
-            entry['mask_sha256' if suffix else 'sha256'] = sha256.hexdigest()
         self.begin()
         return entry
-
-    def close_files(self):
-        for file, _ in self.files.values():
-            file.close()
 
 
 @contextlib.contextmanager
@@ -297,7 +290,9 @@ def load_state(out_dir, source, settings, corpora, dtype):
         if not complete and not state['shards']:
             return new
         check_entries(state['shards'], *[FIRST] * (not complete))
-        check_counts(state['documents'] if complete else state['resume']['counts'])
+        counts = state['documents'] if complete else state['resume']['counts']
+        if 'in' not in counts or not all(map(is_count, counts.values())):
+            raise ValueError(f'these are no counts of documents: {counts}')
         if not complete and not (state['resume']['split'] in (*corpora, 'end') and is_count(state['resume']['skip'])):
             raise ValueError(f'there is no position such as {state["resume"]}')
         different = difference(state['settings'], new['settings']) or difference(state['source'], new['source'])
@@ -314,11 +309,6 @@ def load_state(out_dir, source, settings, corpora, dtype):
 
 def is_count(n):
     return type(n) is int and n >= 0
-
-
-def check_counts(counts):
-    if 'in' not in counts or not all(map(is_count, counts.values())):
-        raise ValueError(f'these are no counts of documents: {counts}')
 
 
 def earlier_source(out_dir):

@@ -4,9 +4,9 @@ Tokenizers: text to token ids and back. get_tokenizer takes
     gpt2           GPT-2's byte pair encoding, 50,257 ids (tiktoken fetches its vocabulary once)
     bytes          a text's UTF-8 bytes and one end-of-text id, 257 ids, nothing to fetch
     cl100k_base …  any encoding of tiktoken's
-    data/tok       a tokenizer.json (byte-level BPE, WordPiece, Unigram …): its path, its folder, or a model on the hub
+    data/tok       a tokenizer.json (BPE, WordPiece, Unigram …): its path, its folder, or a model on the hub
     meta.pkl       nanoGPT's characters: its path or its folder
-    gpt2+chatml …  any of these with the two tokens of ChatML, in which conversations are written (data/chatml.py)
+    gpt2+chatml …  any of these with ChatML's two tokens, for conversations (data/chatml.py)
 
     tokenizer = get_tokenizer('gpt2')
     tokenizer.encode('Hello world')  # array([15496, 995], dtype=uint16)
@@ -15,20 +15,22 @@ Another tokenizer is a class with Tokenizer's members and a row in TOKENIZERS.
 """
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import pickle
-import pickletools
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import UserError
+from data.atomic import write
+from data.errors import UserError, some
 
 END_OF_TEXT = '<|endoftext|>'  # how the end-of-text id is written; the same characters in a text are only text
-CHATML, IM_START, IM_END = '+chatml', '<|im_start|>', '<|im_end|>'  # the end of the name; what begins and ends a message
+IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # begin and end a message
+CHATML = '+chatml'  # ends a tokenizer's name
 
 
 class Tokenizer:
@@ -52,7 +54,7 @@ class Tokenizer:
 class Tiktoken(Tokenizer):
     """An encoding of tiktoken's, or of a plugin's."""
 
-    def __init__(self, name):
+    def __init__(self, name='gpt2'):
         import tiktoken  # here, because nobody needs it for bytes
         try:
             self.bpe = tiktoken.get_encoding(name)
@@ -61,7 +63,8 @@ class Tiktoken(Tokenizer):
             raise UserError(f'the {called} vocabulary could not be fetched ({type(error).__name__}): go online once, '
                             'set TIKTOKEN_CACHE_DIR to a folder that has it, or use the tokenizer bytes') from None
         if END_OF_TEXT not in self.bpe.special_tokens_set:
-            raise UserError(f'the tokenizer {name} has no {END_OF_TEXT}, only {listed(self.bpe.special_tokens_set)}')
+            known = some(sorted(self.bpe.special_tokens_set), 8) or 'none'
+            raise UserError(f'the tokenizer {name} has no {END_OF_TEXT}, only {known}')
         self.name, self.vocab_size, self.eot = name, self.bpe.n_vocab, self.bpe.eot_token
         self.dtype = smallest_dtype(self.vocab_size)
 
@@ -81,20 +84,11 @@ class Tiktoken(Tokenizer):
         try:
             return self.bpe.decode_bytes(ids)
         except KeyError:  # cl100k_base and others have ids without a token
-            return b''.join(map(self.decode_one, ids))
-
-    def decode_one(self, i):
-        try:
-            return self.bpe.decode_single_token_bytes(i)
-        except KeyError:
-            return b''
+            return b''.join(self.decode_bytes([i]) for i in ids) if len(ids) > 1 else b''
 
 
 class GPT2(Tiktoken):
     name, vocab_size, eot, dtype = 'gpt2', 50257, 50256, np.uint16  # known without its vocabulary
-
-    def __init__(self):
-        super().__init__('gpt2')
 
 
 class Bytes(Tokenizer):
@@ -158,7 +152,7 @@ class TokenizerJSON(Tokenizer):
             if self.hf.token_to_id(token) is not None:
                 return token
         raise ValueError(f'it has no end-of-text token: eos_token in tokenizer_config.json is {end!r}, '
-                         f'and its special tokens are {listed(special)}')
+                         f'and its special tokens are {some(sorted(special), 8) or "none"}')
 
     def encode(self, text):
         return self.encode_texts([text], [])
@@ -183,7 +177,7 @@ class TokenizerJSON(Tokenizer):
         return np.array(ids, self.dtype)
 
     def without_end(self, ids):
-        """The ids with the end-of-text token's characters, one by one, where a vocabulary finds that token in a text."""
+        """The ids, where the end-of-text token in a text becomes its characters, one by one."""
         spelled = [token.id for char in self.end for token in self.hf.model.tokenize(char)]
         return [new for i in ids for new in (spelled if i == self.eot else [i])]
 
@@ -243,8 +237,8 @@ class ChatML(Tokenizer):
             raise UserError(f'{base.name} has a chat template of its own, which cannot be read here: conversations are '
                             'ChatML')
         if base.files and len(vocabulary) < base.vocab_size:
-            raise UserError(f'{base.name} has {len(vocabulary)} tokens with ids up to {base.vocab_size - 1}: a tokenizer.json '
-                            'with gaps takes no more tokens')
+            raise UserError(f'{base.name} has {len(vocabulary)} tokens with ids up to {base.vocab_size - 1}: '
+                            'a tokenizer.json with gaps takes no more tokens')
         new = [token for token in (IM_START, IM_END) if token not in vocabulary]
         ids = vocabulary | {token: base.vocab_size + i for i, token in enumerate(new)}
         self.base, self.name, self.vocab_size = base, base.name + CHATML, base.vocab_size + len(new)
@@ -274,7 +268,8 @@ def get_tokenizer(spec):
     if spec in TOKENIZERS or os.path.basename(spec) == spec and spec in tiktoken_names():
         return named(spec)
     path = locate(spec)
-    beside = config_of(path), path.with_name('chat_template.jinja')
+    config = path.name.removesuffix('tokenizer.json') + 'tokenizer_config.json'
+    beside = path.with_name(config), path.with_name('chat_template.jinja')
     return from_file(path, *beside, *(os.stat(file).st_mtime_ns for file in (path, *beside) if file.is_file()))
 
 
@@ -322,11 +317,6 @@ def locate(spec):
                         f'Hugging Face hub ({type(error).__name__})') from None
 
 
-def config_of(path):
-    """The path of the tokenizer_config.json that belongs to a tokenizer.json."""
-    return path.with_name(path.name.removesuffix('tokenizer.json') + 'tokenizer_config.json')
-
-
 @functools.lru_cache(16)
 def from_file(path, config, template, *_modified):
     try:
@@ -334,7 +324,8 @@ def from_file(path, config, template, *_modified):
             return Characters(path.read_bytes())
         settings = config.read_bytes() if config.is_file() else b''
         if template.is_file():  # where transformers writes it since version 5
-            settings = json.dumps({**json.loads(settings or b'{}'), 'chat_template': template.read_text('utf-8')}).encode()
+            more = {'chat_template': template.read_text('utf-8')}
+            settings = json.dumps(json.loads(settings or b'{}') | more).encode()
         return TokenizerJSON(path.read_bytes(), settings)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from None
@@ -367,9 +358,9 @@ def from_record(record, folder):
     raise UserError(f'{Path(folder) / "tokenizer.json"} {why} {record["tokenizer_sha256"]}')
 
 
-def keep_files(tokenizer, folder, write):
-    """Give a folder a tokenizer's files by write(path, content), and return what get_tokenizer takes for them there.
-    Raises UserError if it holds another tokenizer.json."""
+def keep_files(tokenizer, folder):
+    """Write a tokenizer's files into a folder, and return what get_tokenizer takes for them there. Raises UserError if
+    it holds another tokenizer.json."""
     for name, content in tokenizer.files.items():
         path = Path(folder, name)
         if not path.exists():
@@ -399,28 +390,18 @@ def smallest_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def listed(names):
-    """'a, b, c and 4 more', or 'none'"""
-    names = sorted(names)
-    return ', '.join(names[:8]) + f' and {len(names) - 8} more' * (len(names) > 8) or 'none'
+class PlainUnpickler(pickle._Unpickler):  # in Python: C's takes memory for as many values as a damaged file says
+    """Makes plain values alone: all else that a pickle can hold names a class or a function."""
 
-
-PLAIN = set('''PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET
-    BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE'''.split())  # pickle's operations that make plain values
+    def find_class(self, module, name):
+        raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, since that '
+                        f'could run code ({module}.{name})')
 
 
 def load_plain_pickle(content):
-    """The dictionaries, lists, strings and numbers in a pickle. Raises ValueError, before anything is made of it, if it
-    holds something else: nothing in it is run."""
+    """The plain values in a pickle. Raises ValueError if it holds anything else: nothing in it is run."""
     try:
-        for operation, argument, _ in pickletools.genops(content):
-            if operation.name not in PLAIN:
-                raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, '
-                                f'since that could run code ({operation.name})')
-            if operation.name.endswith('PUT') and argument > len(content):  # takes memory for as many entries
-                raise ValueError('it refers to what is not there')
-        return pickle.loads(content)
+        return PlainUnpickler(io.BytesIO(content)).load()
     except UserError as error:
         raise ValueError(error) from None
     except Exception as error:  # of damaged bytes: many kinds
@@ -439,19 +420,17 @@ def tokenizer_files(tokenizer, block_size):
         config = json.loads(tokenizer.files['tokenizer_config.json'])
         return {'tokenizer.json': tokenizer.files['tokenizer.json'],
                 'tokenizer_config.json': dict(model_max_length=block_size, clean_up_tokenization_spaces=False) | config}
-    ranks = {bytes([i]): i for i in range(256)}
     if tokenizer.name not in TOKENIZERS:
         raise UserError(f'the tokenizer {tokenizer.name} has no tokenizer.json here')
+    from tokenizers import Tokenizer as Library, decoders, models, pre_tokenizers
+    ranks = {bytes([i]): i for i in range(256)}
     if tokenizer.name == 'gpt2':
         ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
-    special = dict(content=END_OF_TEXT, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     vocab = {printable(token): i for token, i in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
-    pieces = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's splits
-    bpe = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
-               fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[[printable(p) for p in m] for m in merges(ranks)])
-    return {'tokenizer.json': dict(version='1.0', truncation=None, padding=None, normalizer=None, pre_tokenizer=pieces,
-                                   added_tokens=[dict(id=tokenizer.eot) | special], post_processor=None,
-                                   decoder=pieces, model=bpe),
+    new = Library(models.BPE(vocab, [(printable(a), printable(b)) for a, b in merges(ranks)]))
+    new.pre_tokenizer, new.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    new.add_special_tokens([END_OF_TEXT])
+    return {'tokenizer.json': json.loads(new.to_str()),
             'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=block_size,
                                           bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
                                           clean_up_tokenization_spaces=False)}

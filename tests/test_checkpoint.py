@@ -19,6 +19,7 @@ import torch
 from common import checkpoint, distributed, files
 from common.optimizers import configure_optimizers
 from conftest import ROOT, environment
+from data import atomic
 from data.errors import UserError
 from model import GPT, GPTConfig
 
@@ -135,7 +136,7 @@ def test_a_read_only_disk_is_one_line(state, tmp_path, monkeypatch, capfd):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     write(state, tmp_path, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(files, 'open', refuse, raising=False)
+        patch.setattr(atomic, 'open', refuse, raising=False)
         for name in 'unlink', 'mkdir':
             patch.setattr(Path, name, refuse)
         assert not write(state, tmp_path)

@@ -109,7 +109,7 @@ def test_special_tokens_in_a_content_are_text(spec):
 def test_the_record_leads_back_to_the_tokenizer(spec, tmp_path):
     tokenizer, folder = chat_tokenizer(spec), tmp_path / 'run'
     folder.mkdir()
-    kept = keep_files(tokenizer, folder, lambda path, content: path.write_bytes(content))
+    kept = keep_files(tokenizer, folder)
     record = from_record(json.loads(json.dumps(to_record(tokenizer))), folder)
     assert tokenizer_name(kept) == tokenizer_name(record) == tokenizer.name
     assert chat_tokenizer(record).im_end == tokenizer.im_end

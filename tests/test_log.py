@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import configurator
-from common import files, log
+from common import log
+from data import atomic
 from data.errors import UserError
 
 
@@ -90,7 +91,7 @@ def test_rewinding_reads_anything(tmp_path, capfd):
 def test_rewinding_on_a_disk_that_refuses_is_one_line(tmp_path, capfd, monkeypatch):
     path = tmp_path / 'log.jsonl'
     path.write_text('{"step": 1}\n{"step": 9}\n')
-    monkeypatch.setattr(files, 'open', fail, raising=False)
+    monkeypatch.setattr(atomic, 'open', fail, raising=False)
     log.rewind(path, 2)
     assert capfd.readouterr().err == (f'{path} could not be rewound to step 2 (Read-only file system), and is continued as '
                                       'it is\n')

@@ -145,7 +145,7 @@ def test_what_a_kill_leaves_is_no_kept_checkpoint_under_another_name(tmp_path):
 
 
 # opening the temporary file of a checkpoint opens a full disk, once
-FULL = """import common.files as F
+FULL = """import data.atomic as F
         F.open = lambda path, *mode: (delattr(F, 'open'), open('/dev/full', 'wb'))[1] if 'ckpt' in str(path) else open(path, *mode)"""
 
 

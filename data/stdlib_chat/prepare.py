@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
 from configurator import configure
+from data.atomic import write
 from data.chatml import chat_tokenizer, encode
 from data.conversation import prepare_conversations
-from data.download import write
 from data.prepare import corpus_of
 from data.stdlib.prepare import files, held_out, read, root
 
