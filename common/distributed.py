@@ -41,8 +41,7 @@ store = None  # torch.distributed's key-value store, a part of it that belongs t
 progress = 0, time.monotonic()  # how many collectives this process has reached, and when it reached the last
 busy = failing = ended = False  # in work that the others wait for; printing an error; past the last collective
 neighbours = []  # (rank, connection) of the previous and of the next one
-background = ThreadPoolExecutor(1, initializer=lambda: (  # else its thread uses GPU 0
-    torch.cuda.is_initialized() and torch.cuda.set_device(local_rank)))
+background = ThreadPoolExecutor(1)
 pending = None  # the last work given to it
 writers = None  # the process group in which threads that write shards talk, apart from the training
 
@@ -445,8 +444,14 @@ def first_then_all(function):
 def in_background(function, *args):
     """Start function(*args) in a thread, after what was started before. Returns its future."""
     global pending
-    pending = background.submit(function, *args)
+    pending = background.submit(on_device, function, *args)
     return pending
+
+
+def on_device(function, *args):
+    if torch.cuda.is_initialized():
+        torch.cuda.set_device(local_rank)  # each thread starts with GPU 0
+    return function(*args)
 
 
 def result(future):

@@ -3,6 +3,7 @@ What a run logs: log.jsonl, one JSON object a line, and the trackers that show i
 Trackio). A log that can't be written costs a line, never the run.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,13 +19,13 @@ from data.errors import UserError
 # log.jsonl
 
 class Log:
-    """log.jsonl: write(entry) appends a line and passes it to the trackers; the entry has a 'step'.
+    """log.jsonl, kept open: write(entry) appends a line and passes it to the trackers; the entry has a 'step'.
 
     hold: keep the entries until release(), so that a start that fails leaves the file as it was.
     """
 
     def __init__(self, path, trackers=(), hold=False):
-        self.path, self.missing, self.trackers = Path(path), 0, trackers
+        self.path, self.file, self.missing, self.trackers = Path(path), None, 0, trackers
         self.held = [] if hold else None
 
     def release(self):
@@ -37,27 +38,46 @@ class Log:
             self.held.append(entry)
             return
         entry = finite(entry)
+        data = json.dumps(entry).encode() + b'\n'
         try:
-            self.append(json.dumps(entry).encode() + b'\n')
+            if not self.file or not self.is_in_place():
+                self.close_file()
+                self.open()
+            while data:
+                data = data[self.file.write(data):]
             if self.missing:
                 print(f'{self.path} is written again; {self.missing} entries are missing', file=sys.stderr, flush=True)
             self.missing = 0
         except OSError as error:
+            self.close_file()
             if not self.missing:
                 print(f'{self.path} could not be written: {files.reason(error)}', file=sys.stderr, flush=True)
             self.missing += 1
         for tracker in self.trackers:
             tracker.write(entry)
 
-    def append(self, line):
+    def open(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, 'ab+') as f:  # each time, since it may have been removed
-            if f.tell():
-                f.seek(-1, os.SEEK_END)
-                f.write(b'\n' * (f.read(1) != b'\n'))  # after half a line, by a kill or a full disk
-            f.write(line)
+        self.file = open(self.path, 'ab', buffering=0)
+        with contextlib.suppress(OSError), open(self.path, 'rb') as f:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b'\n':  # half a line, by a kill or a full disk
+                self.file.write(b'\n')
+
+    def is_in_place(self):
+        """False once the file was removed or replaced."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except OSError:
+            return False
+
+    def close_file(self):
+        if self.file:
+            self.file.close()
+        self.file = None
 
     def close(self):
+        self.close_file()
         for tracker in self.trackers:
             tracker.close()
 

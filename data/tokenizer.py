@@ -15,12 +15,12 @@ Another tokenizer is a class with Tokenizer's members and a row in TOKENIZERS.
 """
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import pickle
+import pickletools
 from pathlib import Path
 
 import numpy as np
@@ -390,18 +390,22 @@ def smallest_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-class PlainUnpickler(pickle._Unpickler):  # in Python: C's takes memory for as many values as a damaged file says
-    """Makes plain values alone: all else that a pickle can hold names a class or a function."""
-
-    def find_class(self, module, name):
-        raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, since that '
-                        f'could run code ({module}.{name})')
+PLAIN = set('''PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET
+    BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE'''.split())  # pickle's operations that make plain values
 
 
 def load_plain_pickle(content):
-    """The plain values in a pickle. Raises ValueError if it holds anything else: nothing in it is run."""
+    """The dictionaries, lists, strings and numbers in a pickle. Raises ValueError, before anything is made of it, if it
+    holds something else: nothing in it is run."""
     try:
-        return PlainUnpickler(io.BytesIO(content)).load()
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name not in PLAIN:
+                raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, '
+                                f'since that could run code ({operation.name})')
+            if operation.name.endswith('PUT') and argument > len(content):  # takes memory for as many entries
+                raise ValueError('it refers to what is not there')
+        return pickle.loads(content)
     except UserError as error:
         raise ValueError(error) from None
     except Exception as error:  # of damaged bytes: many kinds
