@@ -16,7 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 address, *args = sys.argv[1:]
 script = [arg for arg in args if arg != '-u']  # what is forked flushes each line
-if os.path.dirname(os.path.abspath(script[0])) != ROOT and script[:2] != ['-m', 'torch.distributed.run']:
+ours = script[0].endswith('.py') and os.path.dirname(os.path.abspath(script[0])) == ROOT
+if not ours and script[:2] != ['-m', 'torch.distributed.run']:
     os.execv(sys.executable, [sys.executable, *args])
 
 server = socket.socket(socket.AF_UNIX)
