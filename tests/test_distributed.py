@@ -17,7 +17,7 @@ import torch
 from common import distributed
 from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
-from processes import on_processes
+from processes import Script, on_processes
 
 LAYOUTS = {  # name: (processes, settings)
     'zero1': (2, ['--parallel=zero1']),
@@ -216,8 +216,8 @@ def test_a_missing_rank_is_named_among_1024_by_few_store_operations(monkeypatch)
 
 def test_workers_end_when_torchrun_is_killed(dataset, tmp_path):
     """It cannot end them, and one started in its place would train beside them."""
-    process = start(*tiny(dataset, tmp_path, '--max_iters=1000000', '--eval_interval=1000000'), processes=2,
-                    fork=False)
+    line = command(*tiny(dataset, tmp_path, '--max_iters=1000000', '--eval_interval=1000000'), processes=2)
+    process = Script(line[1:], environment(PYTHON_EXEC=sys.executable))  # torchrun starts the workers itself
     for line in process.stdout:
         if line.startswith('step 3/'):
             break
