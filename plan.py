@@ -89,26 +89,31 @@ def memory(model, config, gpus):
     return {part: size for part, size in parts.items() if size or part != 'muon'}
 
 
-def remedy(model, config, gpus, room):
-    """The settings, '' for none, with which the run fits into `room` bytes a device; None if nothing helps."""
-    changes = {}
+def remedies(model, config, gpus):
+    """[(settings, '' for none, bytes on the fullest device)]: each entry needs less memory, and costs more, than the one before."""
+    changes, found = {}, []
 
-    def fits():
-        return sum(memory(model, config | changes, gpus).values()) <= room
+    def add(**more):
+        changes.update(more)
+        found.append((' '.join(f'--{k}={v}' for k, v in changes.items()),
+                      sum(memory(model, config | changes, gpus).values())))
 
-    while not fits() and (config | changes)['batch_size'] % 2 == 0:
-        changes['batch_size'] = (config | changes)['batch_size'] // 2  # each step then has twice as many micro-batches
-        if steps := config['gradient_accumulation_steps']:
-            changes['gradient_accumulation_steps'] = steps * config['batch_size'] // changes['batch_size']
-    more = [('activation_checkpointing', True)]
+    add()
+    while (size := (config | changes)['batch_size']) % 2 == 0:  # each step then has twice as many micro-batches
+        steps = (config | changes)['gradient_accumulation_steps']
+        add(batch_size=size // 2, **({'gradient_accumulation_steps': 2 * steps} if steps else {}))
+    add(activation_checkpointing=True)
     if gpus > 1 and config['parallel'] != 'fsdp':
-        more += ('parallel', 'zero1'), ('parallel', 'fsdp')
+        add(parallel='zero1')
+        add(parallel='fsdp')
     if gpus > 1 or config['parallel'] == 'fsdp':
-        more += ('cpu_offload', True),
-    for name, value in more:
-        if not fits():
-            changes[name] = value
-    return ' '.join(f'--{k}={v}' for k, v in changes.items()) if fits() else None
+        add(cpu_offload=True)
+    return found
+
+
+def remedy(options, room):
+    """The settings of the first of the remedies that fits into `room` bytes; None if none does."""
+    return next((settings for settings, size in options if size <= room), None)
 
 
 def report(config):
@@ -143,9 +148,10 @@ def report(config):
         *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<10}{"GB":>5}{"hours":>13}{"GPU-hours":>15}{"cost":>15}  does it fit?']
+    options = remedies(model, config, gpus)
     for gpu, (peak, size) in GPUS.items():
         hours = flops / (peak * config['mfu']) / 3600
-        change = remedy(model, config, gpus, USABLE * size * GB)
+        change = remedy(options, USABLE * size * GB)
         fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
                else f'with {change}' if change else 'yes')
         lines.append(f'  {gpu:<10}{size:>5}{hours / gpus:>13,.1f}{hours:>15,.1f}'

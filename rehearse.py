@@ -137,7 +137,7 @@ def check_memory(config, gpt, processes):
         return True, f'{text}; plan.py says which GPUs have it'
     total = torch.cuda.get_device_properties(0).total_memory
     if need > plan.USABLE * total:
-        change = plan.remedy(empty(gpt), config, processes, plan.USABLE * total)
+        change = plan.remedy(plan.remedies(empty(gpt), config, processes), plan.USABLE * total)
         raise Minor(f'{text}, which have {total / 1e9:.3g} GB: ' + (f'try {change}' if change else 'use more GPUs'))
     return True, f'{text} of {total / 1e9:.3g} GB'
 

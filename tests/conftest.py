@@ -18,7 +18,7 @@ from torch.distributed import TCPStore
 
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
-from processes import ROOT, Script, rank_environment
+from processes import ROOT, Script, python, rank_environment
 
 SHARED = ROOT.parent / 'shared'
 if (SHARED / 'tiktoken').is_dir():
@@ -53,10 +53,10 @@ def command(script, *args, processes=0, torchrun=()):
 
 
 def start(script, *args, processes=0, torchrun=(), fork=True, **env):
-    """The script as a running process (text pipes, a process group of its own): by its command line under torchrun and
-    where libraries may read env as they are imported, else forked."""
-    if fork and not processes and not env:
-        return Script(command(script, *args)[1:], environment())
+    """The script as a running process (text pipes, a process group of its own), forked but where libraries may read env
+    as they are imported."""
+    if fork and not env:
+        return Script(command(script, *args, processes=processes, torchrun=torchrun)[1:], environment())
     return subprocess.Popen(command(script, *args, processes=processes, torchrun=torchrun), cwd=ROOT, text=True,
                             env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
@@ -155,6 +155,12 @@ def signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """What a script that runs in this process starts is forked, as what a Script starts is."""
+    monkeypatch.setattr(sys, 'executable', python())
 
 
 @pytest.fixture

@@ -1,15 +1,23 @@
 """Scripts and functions in real processes, forked from one that has imported torch already, which spares seconds."""
 
 import atexit
+import functools
+import json
 import multiprocessing
 import os
 import pickle
 import runpy
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -30,7 +38,8 @@ class Script:
 
     def __init__(self, args, env):
         out, err = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        self.args, self.process = args, context.Process(target=run_script, args=(args, env, out[1], err[1]))
+        self.args, self.process = args, context.Process(target=run_script,
+                                                              args=(args, env, python(), ROOT, out[1], err[1]))
         self.process.start()
         self.pid = self.process.pid
         self.stdout, self.stderr = (open(os.dup(end.fileno()), encoding='utf-8') for end, _ in (out, err))
@@ -60,23 +69,30 @@ class Script:
         return self.returncode
 
 
-def run_script(args, env, out, err):
-    """What `python *args` does, in a session of its own, with this environment."""
+def run_script(args, env, executable, cwd, *streams):
+    """What `executable *args` does, in a session of its own, with this environment. streams: its stdin, which may be left
+    out, stdout, and stderr."""
     os.setsid()
-    for fd, pipe in (1, out), (2, err):
-        os.dup2(pipe.fileno(), fd)
-        pipe.close()
+    for number, stream in enumerate(streams, start=3 - len(streams)):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+    if len(streams) == 3:
+        sys.stdin = open(0, encoding='utf-8')
     sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, encoding='utf-8') for fd in (1, 2))
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     for name in [name for name in sys.modules if name.partition('.')[0] in OURS]:
         del sys.modules[name]  # they read the environment
     sys.path[:] = [os.path.dirname(args[0]), *(path for path in sys.path if path not in ('', str(ROOT), str(ROOT / 'tests')))]
-    sys.argv = args
+    sys.executable = executable  # of the processes that it starts
+    sys.argv = args[1:] if args[0] == '-m' else args
     try:
-        runpy.run_path(args[0], run_name='__main__')
+        if args[0] == '-m':
+            runpy.run_module(args[1], run_name='__main__', alter_sys=True)
+        else:
+            runpy.run_path(args[0], run_name='__main__')
     except SystemExit:
         raise
     except BaseException:
@@ -84,6 +100,57 @@ def run_script(args, env, out, err):
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()
+
+
+@functools.cache
+def python():
+    """A path that stands for sys.executable, for scripts that start others: python.py forks them instead."""
+    folder = tempfile.TemporaryDirectory(prefix='python-')
+    address, path = f'{folder.name}/socket', Path(folder.name, 'python')
+    path.write_text('#!/bin/sh\nexec ' + shlex.join([sys.executable, '-I', str(ROOT / 'tests' / 'python.py'), address])
+                    + ' "$@"\n')
+    path.chmod(0o755)
+    ready = context.Event()
+    server = context.Process(target=serve, args=(address, str(path), ready))
+    server.start()
+    ready.wait()
+    atexit.register(folder.cleanup)
+    atexit.register(server.terminate)
+    return str(path)
+
+
+def serve(address, executable, ready):
+    """Fork a process for each python.py that asks at this socket, until the tests end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        ready.set()
+        while listener in wait([listener, multiprocessing.parent_process().sentinel]):
+            connection, _ = listener.accept()
+            if not os.fork():
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                attend(connection, executable)
+            connection.close()
+
+
+def attend(connection, executable):
+    """Fork a script, tell python.py its process and how it ends, and end it when python.py is killed."""
+    _, fds, _, _ = socket.recv_fds(connection, 1, 3)
+    args, env, cwd = json.loads(connection.makefile().readline())
+    streams = [Connection(fd) for fd in fds]
+    process = multiprocessing.get_context('fork').Process(target=run_script, args=(args, env, executable, cwd, *streams))
+    process.start()
+    for stream in streams:
+        stream.close()
+    with suppress(ConnectionError):
+        connection.sendall(b'%d\n' % process.pid)
+        if process.sentinel not in wait([connection, process.sentinel]):
+            process.kill()
+        process.join()
+        connection.sendall(b'%d\n' % process.exitcode)
+    os._exit(0)
 
 
 def rank_environment(rank, world_size, port):

@@ -124,7 +124,7 @@ def test_a_learning_rate_that_is_worse_is_found_and_a_stop_costs_no_run(dataset,
     ('tiny.py other.py --n_layer=3', r'tiny-seed1 has diverged: its final validation loss is nan'),
     ('other.py tiny.py --n_head=4', r'other-seed1: no dataset in /nowhere'),
 ])
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, args, words):
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, forked, args, words):
     file = config_file(tmp_path, '/nowhere')
     (tmp_path / 'other.py').write_text(file.read_text())
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ import torch
 from common import distributed
 from conftest import ROOT, TINY, at_step, command, environment, finish, losses, read_log, run, run_ranks, start
 from data.errors import UserError
-from processes import on_processes
+from processes import Script, on_processes
 
 LAYOUTS = {  # name: (processes, settings)
     'zero1': (2, ['--parallel=zero1']),
@@ -107,8 +107,10 @@ def test_each_process_writes_its_shards_and_one_reads_them(dataset, alone):
 
 
 def test_shards_that_do_not_fit_leave_the_checkpoint_before(dataset, tmp_path):
-    full = at_step(tmp_path, 12, "import resource; os.environ['RANK'] == '1' and "
-                                 "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))")  # no file beyond
+    full = at_step(tmp_path, 12, f"""import resource
+        while not os.path.exists({str(tmp_path / 'ckpt.pt')!r}):  # of step 10, written in the background
+            time.sleep(0.01)
+        os.environ['RANK'] == '1' and resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # no file beyond""")
     err = run(*tiny(dataset, tmp_path, '--parallel=fsdp', '--sharded_checkpoints'), full, processes=2, expect=1).err
     assert err.count('the checkpoint of step 20 could not be written') == 1 and 'train.py", line' not in err, err
     assert f'the previous checkpoint is kept ({tmp_path}/ckpt.pt)' in err
@@ -214,7 +216,8 @@ def test_a_missing_rank_is_named_among_1024_by_few_store_operations(monkeypatch)
 
 def test_workers_end_when_torchrun_is_killed(dataset, tmp_path):
     """It cannot end them, and one started in its place would train beside them."""
-    process = start(*tiny(dataset, tmp_path, '--max_iters=1000000', '--eval_interval=1000000'), processes=2)
+    line = command(*tiny(dataset, tmp_path, '--max_iters=1000000', '--eval_interval=1000000'), processes=2)
+    process = Script(line[1:], environment(PYTHON_EXEC=sys.executable))  # torchrun starts the workers itself
     for line in process.stdout:
         if line.startswith('step 3/'):
             break

@@ -3,8 +3,6 @@
 import hashlib
 import http.server
 import json
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
 
@@ -13,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag
-from conftest import ROOT, SHARED, environment, needs_gpt2, run
+from conftest import SHARED, needs_gpt2, run
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+from processes import on_processes
 
 ITEM = {'ind': 7, 'ctx': 'A man sits on a roof. he', 'label': 3,
         'endings': ['is using wrap.', 'is ripping level tiles off.', 'holds a cube.', 'pulls up roofing on the roof.']}
@@ -77,19 +76,19 @@ def assert_same(result, simple):
 def test_same_as_the_simple_way(items, fields):
     """Learned and rotary positions; and contexts that must be cut, endings too, where 64 bytes are too few."""
     model, tokenizer = small_gpt(**fields), get_tokenizer('bytes')
-    some = items[::10] + [{**ITEM, 'ctx': ''}, {**ITEM, 'endings': ['', 'a', 'b', 'cd']}]
+    some = items[::20] + [{**ITEM, 'ctx': ''}, {**ITEM, 'endings': ['', 'a', 'b', 'cd']}]
     assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
 @needs_gpt2
 def test_same_as_the_simple_way_with_gpt2s_tokens(items):
     model, tokenizer = small_gpt(vocab_size=50257, n_embd=16), get_tokenizer('gpt2')
-    some = items[::20]
+    some = items[::50]
     assert_same(evaluate(model, tokenizer, some), [simple_way(model, tokenizer, item) for item in some])
 
 
-def test_same_as_the_simple_way_on_1000_items(items):
-    model, tokenizer = small_gpt(n_layer=1), get_tokenizer('bytes')
+def test_same_accuracy_as_the_simple_way(items):
+    items, model, tokenizer = items[::5], small_gpt(n_layer=1), get_tokenizer('bytes')
     result = evaluate(model, tokenizer, items)
     simple = [simple_way(model, tokenizer, item) for item in items]
     assert_same(result, simple)
@@ -136,33 +135,22 @@ def test_compiled_and_in_bfloat16(items):
     torch.testing.assert_close(compiled['losses'], expected['losses'], rtol=1e-4, atol=1e-4)
 
 
-WORKER = '''
-import sys, torch, torch.distributed as dist, hellaswag
-from pathlib import Path
-from data.tokenizer import get_tokenizer
-from test_hellaswag import evaluate, small_gpt
-dist.init_process_group('gloo')
-model, passes = small_gpt(), []
-model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
-hellaswag.URL, hellaswag.FILE, hellaswag.SHA256 = sys.argv[1], Path(sys.argv[2], 'items.jsonl'), sys.argv[3]
-items = hellaswag.load_items()
-result = evaluate(model, get_tokenizer('bytes'), items, batch_tokens=1000)
-torch.save(result | {'passes': len(passes)}, f'{sys.argv[2]}/{dist.get_rank()}.pt')
-dist.destroy_process_group()
-'''
+def share(url, file, sha256):
+    """What a rank finds for the items that it fetches, and how many forward passes it takes."""
+    model, passes = small_gpt(), []
+    model.transformer.wte.register_forward_pre_hook(lambda module, args: passes.append(1))
+    hellaswag.URL, hellaswag.FILE, hellaswag.SHA256 = url, file, sha256
+    result = evaluate(model, get_tokenizer('bytes'), hellaswag.load_items(), batch_tokens=1000)
+    return result | {'passes': len(passes)}
 
 
-def test_processes_share_the_items(tmp_path, items, server):
+def test_processes_share_the_items(items, server):
     """Two processes, an odd number of items: one downloads them, the same forward passes on both, and one process's
     losses on both."""
     content = ''.join(json.dumps(item) + '\n' for item in items[:21]).encode()
     (server / 'items.jsonl').write_bytes(content)
-    (tmp_path / 'worker.py').write_text(WORKER)
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                    tmp_path / 'worker.py', hellaswag.URL, tmp_path, hashlib.sha256(content).hexdigest()], check=True,
-                   env=environment(PYTHONPATH=f'{ROOT}:{ROOT}/tests'))
+    first, second = on_processes(2, share, hellaswag.URL, hellaswag.FILE, hashlib.sha256(content).hexdigest())
     assert requests == ['/items.jsonl']
-    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     assert first['passes'] == second['passes']
     alone = evaluate(small_gpt(), get_tokenizer('bytes'), items[:21])
     for result in first, second:

@@ -232,7 +232,7 @@ Traceback (most recent call last):
     assert rehearse.tail(tmp_path / 'stderr') == 'min_lr=1 must be at most learning_rate=0.001'
 
 
-def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys):
+def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys, forked):
     (tmp_path / 'items.jsonl').write_text(ITEM * 3)
     arguments = [*TINY, f'--dataset={data}', f'--out_dir={tmp_path}/out', '--n_layer=12', '--sample_interval=5',
                  '--hellaswag_interval=5', f'--hellaswag_data={tmp_path}/items.jsonl', '--parallel=fsdp']
@@ -246,7 +246,7 @@ def test_a_rehearsal_from_end_to_end(data, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ['items.jsonl']
 
 
-def test_the_command_quotes_train_py_s_own_line(data, capsys, monkeypatch):
+def test_the_command_quotes_train_py_s_own_line(data, capsys, monkeypatch, forked):
     monkeypatch.setattr(sys, 'argv', ['rehearse.py', *TINY, f'--dataset={data}', '--compile=maybe', '--processes=1'])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     monkeypatch.setattr(signal, 'signal', lambda *_: None)

@@ -42,7 +42,7 @@ def differences(a, b, where=''):
                                       ['--dtype=float16', '--skip_spikes=9.0']], ids=lambda settings: settings[0][2:])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(dataset, tmp_path, settings):
     """Losses, weights, optimizer, data order, dropout, validation, samples."""
-    args = ['--dropout=0.2', '--eval_interval=5', '--sample_interval=5', *settings]
+    args = ['--dropout=0.2', '--eval_interval=5', '--sample_interval=5', '--total_batch_size=256', *settings]
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(run, *tiny(dataset, tmp_path / 'whole', *args))
         run(*tiny(dataset, tmp_path / 'cut', *args), at_step(tmp_path, 7, 'os.kill(os.getpid(), signal.SIGTERM)'))
@@ -72,14 +72,14 @@ def test_another_number_of_processes_goes_on_with_the_same_data(dataset, tmp_pat
 
 
 def test_twenty_kills_end_where_no_kill_ends(dataset, tmp_path):
-    args = ['--max_iters=200', '--eval_interval=3', '--eval_iters=1', '--dropout=0.1', '--keep_checkpoints=2',
-            '--log_interval=1']
+    args = ['--max_iters=100', '--eval_interval=3', '--eval_iters=1', '--dropout=0.1', '--keep_checkpoints=2',
+            '--log_interval=1', '--total_batch_size=256']
 
     def train(out_dir, kill_after=0, delay=0.0):
         """Run to the end, or kill after some steps and seconds. Returns the finished process."""
         process = start(*tiny(dataset, out_dir, *args), '--init_from=auto')
         for line in process.stdout:
-            if re.match(r'step \d+/200 \| loss', line):
+            if re.match(r'step \d+/100 \| loss', line):
                 kill_after -= 1
                 if kill_after == 0:
                     time.sleep(delay)
@@ -89,7 +89,7 @@ def test_twenty_kills_end_where_no_kill_ends(dataset, tmp_path):
     def killed(seed):
         dice, out_dir = random.Random(seed), tmp_path / f'killed-{seed}'
         for _ in range(KILLS // 2):  # it may then write, log, evaluate or do anything else
-            process = train(out_dir, dice.randrange(2, 25), dice.uniform(0, 0.05))
+            process = train(out_dir, dice.randrange(2, 13), dice.uniform(0, 0.05))
             assert process.returncode == -signal.SIGKILL, process.err
             if (out_dir / 'ckpt.pt').exists():
                 assert read(out_dir)['iter_num'] % 3 == 0
@@ -193,7 +193,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(dataset, tmp_path):
 
 def test_a_spike_is_skipped(dataset, tmp_path):
     spike = at_step(tmp_path, 120, 'args[0] = list(args[0]); [p.grad.mul_(1e3) for p in args[0]]')
-    args = '--max_iters=125', '--eval_interval=125', '--learning_rate=1e-4'
+    args = '--max_iters=125', '--eval_interval=125', '--learning_rate=1e-4', '--total_batch_size=128'
     run(*tiny(dataset, tmp_path / 'skip', *args, '--skip_spikes=50.0'), spike)
     log = {entry['step']: entry for entry in read_log(tmp_path / 'skip') if 'loss' in entry}
     assert log[119]['skipped'] == 0 and log[120]['skipped'] == log[125]['skipped'] == 1

@@ -96,7 +96,7 @@ def write_runs(folder, noise=0.003, **changes):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, forked):
     """Run a script in this process; returns what it prints, or raises what it raises."""
     def command(script, *args):
         monkeypatch.setattr(sys, 'argv', [script, *args])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -241,8 +242,7 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, proces
     items = tmp_path / 'items.jsonl'
     item = {'ctx': 'import', 'label': 2, 'endings': ['os', 'path as p', 'sys', 'the']}
     items.write_text(f'{json.dumps(item)}\n' * 3)
-    other = tmp_path / 'other'
-    run('data/stdlib/prepare.py', f'--out_dir={other}')
+    other = shutil.copytree(dataset, tmp_path / 'other')
     out_dir = tmp_path / 'out'
     args = tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}', '--n_layer=1',
                 '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',

@@ -6,6 +6,7 @@ The standard library of the Python that runs this: real text, on every machine, 
 Each .py file is a document: code, comments and documentation (pydoc_data holds much of the language reference).
 Every twentieth is held out for validation.
 """
+import os
 import platform
 import sys
 import sysconfig
@@ -34,9 +35,15 @@ def read(path):
         return None
 
 
+def modules(root):
+    """The paths of the library's .py files, as text, relative to its folder."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - SKIP  # site-packages may hold many times the library's files
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith('.py'))
+
+
 root = Path(sysconfig.get_path('stdlib'))
-files = sorted(path.relative_to(root).as_posix() for path in root.rglob('*.py')
-               if not SKIP & set(path.relative_to(root).parts))
+files = sorted(modules(root))
 if not files:
     raise UserError(f'{root} has no .py files: this Python comes without its source')
 held_out = files[::20]
