@@ -221,6 +221,8 @@ def excepthook(kind, error, trace):
         elif kind is ModuleNotFoundError and (package := error.name.split('.')[0]) in required_packages():
             print(f'{package} is not installed in this Python ({sys.executable}): activate your virtual environment, '
                   'or pip install -r requirements.txt', file=sys.stderr)
+        elif kind is BrokenPipeError and not (distributed and distributed.world_size > 1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has read enough
         elif kind is KeyboardInterrupt:
             print(error if error.args else 'interrupted', file=sys.stderr)
         elif line := distributed and distributed.describe(error):

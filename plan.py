@@ -64,6 +64,7 @@ def memory(model, config, gpus):
     parts = {'weights': 4 * n / shards, 'gradients': 4 * trained / shards,
              'optimizer': (8 * trained - 4 * n_hidden) / shards}
     b = 4 if config['dtype'] == 'float32' else 2  # bytes of what matrix products take and give
+    residual = 4 if config['dtype'] in ('float32', 'float16') else 2  # bytes of the residual stream
     if layout == 'zero1':
         parts['gathered'] = 4 * (n + trained)  # weights and gradients are whole from the first micro-batch to the last
     if layout == 'fsdp':
@@ -76,13 +77,13 @@ def memory(model, config, gpus):
     if hidden:  # while it updates, when the activations are gone
         parts['muon'] = muon_memory(hidden, gpus)
 
-    # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations in
-    # float32, and in the dtype their outputs, q, k, v, attention's output, and the MLP before and after its activation
-    # (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1)
+    # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations,
+    # their outputs, q, k, v, attention's output, and the MLP before and after its activation (after Korthikanti et al.
+    # 2022, arXiv:2205.05198, section 4.1)
     q, kv = c.n_head * c.head_size, c.n_kv_head * c.head_size
     mlp = (3 if c.mlp == 'swiglu' else 2) * c.n_mlp
-    layer = 8 * c.n_embd + b * (2 * c.n_embd + 2 * q + 2 * kv + mlp) + (2 * c.n_embd if c.dropout else 0)
-    layers = 4 * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
+    layer = 2 * residual * c.n_embd + b * (2 * c.n_embd + 2 * q + 2 * kv + mlp) + (2 * c.n_embd if c.dropout else 0)
+    layers = residual * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
     head = (b if config['compile'] else b + 8) * c.padded_vocab_size  # the logits; eager, also twice in float32
     parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
     parts['muon'] = max(0, parts.get('muon', 0) - parts['activations'])
