@@ -91,7 +91,8 @@ def memory(model, config, gpus):
 
 
 def remedies(model, config, gpus):
-    """[(settings, '' for none, bytes on the fullest device)]: each entry needs less memory, and costs more, than the one before."""
+    """[(settings, '' for none, bytes on the fullest device)], each of less memory, and of more cost, than the one
+    before."""
     changes, found = {}, []
 
     def add(**more):

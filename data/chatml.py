@@ -34,7 +34,8 @@ def encode(messages, tokenizer, answer=False):
     if tokenizer.im_start is None:
         raise UserError(f'the tokenizer {tokenizer.name} has ' + (
             'a chat template of its own, which cannot be read here: conversations are ChatML'
-            if tokenizer.chat_template else 'no chat template: the model has not been finetuned on conversations, as config/finetune_chat.py does'))
+            if tokenizer.chat_template else
+            'no chat template: the model has not been finetuned on conversations, as config/finetune_chat.py does'))
     eot, start, end = np.array([[tokenizer.eot], [tokenizer.im_start], [tokenizer.im_end]], tokenizer.dtype)
     pieces, newline = [(eot, False)], tokenizer.encode('\n')
     for message in messages:

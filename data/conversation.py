@@ -66,7 +66,8 @@ def to_messages(row):
         if not isinstance(role, str) or role not in ROLES:
             return Bad(f'the role {role!r:.40} is not one of {", ".join(ROLES)}')
         if not isinstance(content, str):
-            return Bad(f'the content of the role {role} is of type {type(content).__name__}, not a string: only text is read')
+            return Bad(f'the content of the role {role} is of type {type(content).__name__}, not a string: '
+                       'only text is read')
         messages.append({'role': ROLES[role], 'content': content})
     return messages
 
@@ -86,8 +87,8 @@ def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options)
     meta = prepare(out_dir, train, val, spec, settings=settings, encode=work, **options)
     counts, total = meta['documents'], sum(meta['tokens'].values())
     print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the '
-          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than a '
-          f'block are cut, {counts["no_answer"]:,} without an answer are dropped')
+          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than '
+          f'a block are cut, {counts["no_answer"]:,} without an answer are dropped')
     return meta
 
 
