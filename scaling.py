@@ -27,10 +27,10 @@ from common import files, laws, log
 # -----------------------------------------------------------------------------
 out_dir = 'out-scaling'  # the grid's runs, scaling.json and the picture go here
 runs = ''  # fit these finished runs instead of a grid: folders with * and ?, comma-separated
-sizes = '2x32,2x64,3x96,4x128'  # models of the grid: layers x channels
-steps = '75,150,300,600'  # of each of them; every run's learning rate falls over its own steps
+sizes = '2x32,2x64,3x96'  # models of the grid: layers x channels
+steps = '300,600,1200,2400'  # of each of them; every run's learning rate falls over its own steps
 grid_head_size = 32  # channels of a head in the grid's models
-hold_out = 1  # runs of most compute that the fit does not see and has to predict; 0: it sees all
+hold_out = 2  # runs of most compute that the fit does not see and has to predict; 0: it sees all
 predict = ''  # predict the loss of these too: parameters:tokens, comma-separated, such as 124e6:10e9
 resamples = 200  # of the bootstrap that gives the 90% intervals
 picture = 'scaling.png'  # in out_dir, by matplotlib; nothing: none
@@ -162,7 +162,7 @@ def draw(path, fitted, unseen, law, predictions):
         axis.tick_params(which='both', labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
-    losses = [run.loss for run in shown]
+    losses = [run.loss for run in shown] + [x for _, numbers in zip(unseen, predictions) for x in numbers]
     by_flops.set_ylim(min(losses) / 1.08, max(losses) * 1.15)
     by_flops.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
     by_flops.yaxis.set_major_formatter('{x:.3g}')

@@ -127,7 +127,7 @@ def test_finished_runs_become_a_law_a_picture_and_a_plan(tmp_path, command):
 
 def test_a_grid_is_trained_once(dataset, tmp_path, command):
     """Real runs of train.py, too few for a law: they are kept, and read the second time."""
-    args = ['--sizes=1x16,2x32', '--steps=2', '--grid_head_size=16', '--picture=', *TINY, f'--dataset={dataset}',
+    args = ['--sizes=1x16,2x32', '--steps=2', '--hold_out=1', '--grid_head_size=16', '--picture=', *TINY, f'--dataset={dataset}',
             f'--out_dir={tmp_path}/grid']
     logs = []
     for _ in range(2):
@@ -145,7 +145,7 @@ def test_a_grid_is_trained_once(dataset, tmp_path, command):
     (['--sizes=4x100'], 'no multiple of grid_head_size'),
     (['--steps=many'], 'steps=many is not a comma-separated list'),
     (['--predict=124e6'], 'is not parameters:tokens'),
-    (['--dataset=/nowhere', '--sizes=1x32'], '1x32-75: .*nowhere'),
+    (['--dataset=/nowhere', '--sizes=1x32'], '1x32-300: .*nowhere'),
 ])
 def test_mistakes_are_named(tmp_path, command, args, words):
     with pytest.raises(UserError, match=words):
