@@ -14,7 +14,6 @@ A [MASK] is one token: with GPT-2's vocabulary most words begin with their space
 
 import codecs
 import os.path
-import signal
 import sys
 from contextlib import closing
 from itertools import islice
@@ -196,8 +195,6 @@ options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, r
                cuda_graph='cuda' in device and compile is not False)
 
 sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
-if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has read enough
 with autocast(dtype, device):
     if not model.config.causal:
         for text in typed() if interactive else texts:

@@ -320,7 +320,7 @@ def read_fields(family, hf, path):
     if 'rope_theta' in family.fields:
         rope = read_rope(hf, path)
         if family.kind == 'ApertusForCausalLM' and not (hf.get('rope_scaling') or hf.get('rope_parameters')):
-            raise UserError(f'{path} has no rope_parameters')  # the class has others than the rest
+            raise UserError(f'{path} has no rope_parameters')  # this class's defaults are not those that read_rope takes
         for ours, value in rope.items():
             if ours not in family.fields and value != getattr(GPTConfig, ours):
                 raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')
@@ -387,11 +387,14 @@ def read_rope(hf, path):
     return fields
 
 
-def write_rope(config):
-    """config.json's rope_theta and rope_scaling, which old and new versions of transformers read. rope_scaling is there
-    even if it scales nothing, since Apertus's default is another."""
+def write_rope(config, family):
+    """config.json's rope_theta and rope_scaling, which old and new versions of transformers read. Old ones refuse a
+    rope_scaling that scales nothing; Apertus, which they don't have, scales unless there is one."""
     scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
-    return dict(rope_theta=config.rope_theta, rope_scaling=dict(rope_type=config.rope_type) | scaling)
+    scaling = dict(rope_type=config.rope_type) | scaling
+    if len(scaling) == 1 and family.kind != 'ApertusForCausalLM':
+        return dict(rope_theta=config.rope_theta)
+    return dict(rope_theta=config.rope_theta, rope_scaling=scaling)
 
 # -----------------------------------------------------------------------------
 # out
@@ -426,7 +429,7 @@ def save(folder, config, state_dict, tokenizer, dtype='float32'):
     hf |= {where[0]: getattr(config, ours) for ours, where in family.fields.items() if where}
     hf |= {setting: config.bias for setting in family.biases.values()}
     if 'rope_theta' in family.fields:
-        hf |= write_rope(config)
+        hf |= write_rope(config, family)
     if hf.get('final_logit_softcapping') == 0:
         hf['final_logit_softcapping'] = None
     weights = {}

@@ -64,7 +64,7 @@ def test_whole_files_are_held_out(folder):
     val = {file.removesuffix('.py').removesuffix('/__init__') for file in held_out}
     train, test = (files_of(rows(folder / f'{split}.jsonl')) for split in ('train', 'val'))
 
-    def owner(name):  # the longest module that it begins with, of both parts
+    def owner(name):  # whether a held-out module has it
         return any(name.startswith(f'{module}/') for module in val - {'xml', 'idlelib/__main__'})
     assert all(map(owner, test)) and not any(map(owner, train)) and len(train) > 5000 and len(test) > 200
 

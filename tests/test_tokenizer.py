@@ -229,7 +229,7 @@ def test_a_model_on_the_hub(files, tmp_path):
 
 @pytest.fixture
 def encoding(monkeypatch):
-    """An encoding of tiktoken's with a vocabulary beyond uint16, of which most ids stand for nothing."""
+    """An encoding of tiktoken's with a vocabulary beyond uint16, most of whose ids stand for nothing."""
     import tiktoken.registry
     tiktoken.list_encoding_names()
     ranks = {bytes([i]): i for i in range(256)} | {b'he': 256, b'hello': 257}
