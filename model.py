@@ -151,7 +151,7 @@ def rope_frequencies(config, device=None):
 
 
 def rotate(x, rope):
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: (B, H, T, D); rope: cos and sin, (…, T, D/2)."""
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: (B, T, H, D); rope: cos and sin, (…, T, 1, D/2)."""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)  # float32: bfloat16 angles blur far positions
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -172,12 +172,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None):
         config, (B, T, _) = self.config, x.shape
-        q, k, v = self.c_attn(x).view(B, T, -1, config.head_size).transpose(1, 2).split(
-            (config.n_head, config.n_kv_head, config.n_kv_head), dim=1)  # (B, H, T, D) each
+        q, k, v = self.c_attn(x).view(B, T, -1, config.head_size).split(
+            (config.n_head, config.n_kv_head, config.n_kv_head), dim=2)  # (B, T, H, D) each
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D), S = everything so far
         grouped = config.n_kv_head != config.n_head
@@ -341,7 +342,7 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
         else:
-            rope = [table[positions].unsqueeze(-3) for table in (self.rope_cos, self.rope_sin)]  # ([B,] 1, T, D/2)
+            rope = [table[positions].unsqueeze(-2) for table in (self.rope_cos, self.rope_sin)]  # ([B,] T, 1, D/2)
         if self.config.embedding_norm:
             x = self.transformer.ln_e(x)
         kind = idx.device.type

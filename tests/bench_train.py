@@ -5,7 +5,7 @@ Training speed: tokens a second of the step that train.py runs, beside a peer's,
     python tests/bench_train.py --peer=../build-nanogpt --batch_size=64
 
 Each is compiled and measured in a process of its own, turn by turn, so that a machine that drifts slows all alike.
-The rates are medians; the ceiling is that of large bfloat16 matrix products on the same device between them.
+The rates are medians; the ceiling is that of large matrix products in our dtype on the same device between them.
 """
 
 import ast
@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from configurator import configure
-from common.device import autocast, pick_compile, pick_device, pick_dtype, synchronize
+from common.device import DTYPES, autocast, pick_compile, pick_device, pick_dtype, synchronize
 
 peer = ''  # a checkout of nanoGPT or build-nanogpt
 peer_compile = 'auto'  # nanoGPT's default is True, and False is what its README gives for a CPU
@@ -109,9 +109,9 @@ def run(role, **settings):
 
 
 def product_rates():
-    """FLOP/s of some large bfloat16 products: what no training step can exceed."""
+    """FLOP/s of some large matrix products in dtype: what no training step can exceed."""
     n = 8192 if 'cuda' in device else 4096
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     rates = []
     for _ in range(5):
         synchronize(device)
