@@ -1,6 +1,7 @@
 """Scripts and functions in real processes, forked from one that has imported torch already, which spares seconds."""
 
 import atexit
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import traceback
 from contextlib import suppress
@@ -34,17 +36,21 @@ context.set_forkserver_preload(['torch._dynamo', 'torch._inductor.compile_fx', '
 
 
 class Script:
-    """A script of the repository as a process of its own, with the names of subprocess.Popen."""
+    """A script of the repository as a process of its own, with the names of subprocess.Popen. terminal: a file descriptor,
+    instead of the pipes."""
 
-    def __init__(self, args, env):
-        out, err = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        self.args, self.process = args, context.Process(target=run_script,
-                                                              args=(args, env, python(), ROOT, out[1], err[1]))
+    def __init__(self, args, env, terminal=None):
+        if terminal is None:
+            (self.stdout, out), (self.stderr, err) = (pipe() for _ in range(2))
+            streams = out, err
+        else:
+            streams = tuple(Connection(os.dup(terminal)) for _ in range(3))
+        self.args = args
+        self.process = context.Process(target=run_script, args=(args, env, python(), ROOT, *streams))
         self.process.start()
         self.pid = self.process.pid
-        self.stdout, self.stderr = (open(os.dup(end.fileno()), encoding='utf-8') for end, _ in (out, err))
-        for end in *out, *err:
-            end.close()
+        for stream in streams:
+            stream.close()
         while self.poll() is None and os.getpgid(self.pid) != self.pid:  # killpg needs its session
             time.sleep(0.001)
 
@@ -69,6 +75,13 @@ class Script:
         return self.returncode
 
 
+def pipe():
+    """(a text file to read from, the Connection to write to)"""
+    end, other = context.Pipe(duplex=False)
+    with end:
+        return open(os.dup(end.fileno()), encoding='utf-8'), other
+
+
 def run_script(args, env, executable, cwd, *streams):
     """What `executable *args` does, in a session of its own, with this environment. streams: its stdin, which may be left
     out, stdout, and stderr."""
@@ -78,6 +91,8 @@ def run_script(args, env, executable, cwd, *streams):
         stream.close()
     if len(streams) == 3:
         sys.stdin = open(0, encoding='utf-8')
+        if sys.stdin.isatty():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is for this session
     sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, encoding='utf-8') for fd in (1, 2))
     os.environ.clear()
     os.environ.update(env)

@@ -1,11 +1,9 @@
 """sample.py as its user runs it: at a terminal, in a pipe, for many prompts, and with what a user gets wrong."""
-import fcntl
 import json
 import os
 import pty
 import select
 import subprocess
-import termios
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from conftest import command, environment, finish, run, start
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from common.optimizers import configure_optimizers
+from processes import Script
 
 TEXT = 'Übermut, 9 €: ☃ and 😀!'  # characters of one, two, three and four bytes
 GREEDY = ['--temperature=0', '--num_samples=1', '--device=cpu', '--dtype=float32']
@@ -51,9 +50,7 @@ class Terminal:
 
     def __init__(self, *args):
         self.fd, other = pty.openpty()
-        self.process = subprocess.Popen(command('sample.py', *args), env=environment(TERM='dumb'), stdin=other,
-                                        stdout=other, stderr=other, start_new_session=True, close_fds=True,
-                                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        self.process = Script(command('sample.py', *args)[1:], environment(TERM='dumb'), terminal=other)
         os.close(other)
         self.seen = ''
 
@@ -169,14 +166,14 @@ def test_interactive(out_dir):
     assert status == 0 and 'Traceback' not in rest
 
 
-def test_interactive_in_a_pipe(out_dir):
+def test_interactive_in_a_pipe(out_dir, forked):
     process = subprocess.run(command('sample.py', f'--out_dir={out_dir}', *GREEDY, '--interactive', '--json', '--stop'),
                              input='Über\n☃\n', env=environment(), capture_output=True, text=True)
     lines = process.stdout.splitlines()  # of JSON alone
     assert json.loads(lines[0])['text'] == TEXT[4:] and len(lines) == 2, process.stderr
 
 
-def test_a_closed_pipe_is_no_error(out_dir):
+def test_a_closed_pipe_is_no_error(out_dir, forked):
     shell = ' '.join(command('sample.py', f'--out_dir={out_dir}', '--max_new_tokens=20', '--num_samples=40',
                              '--batch_size=1')) + ' | head -1'
     process = subprocess.run(shell, shell=True, env=environment(), capture_output=True, text=True)
