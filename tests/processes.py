@@ -1,6 +1,7 @@
 """Scripts and functions in real processes, forked from one that has imported torch already, which spares seconds."""
 
 import atexit
+import ctypes
 import fcntl
 import functools
 import json
@@ -153,7 +154,10 @@ def serve(address, executable, ready):
 def attend(connection, executable):
     """Fork a script, tell python.py its process and how it ends, and end it when python.py is killed."""
     _, fds, _, _ = socket.recv_fds(connection, 1, 3)
-    args, env, cwd = json.loads(connection.makefile().readline())
+    args, env, cwd, pid = json.loads(connection.makefile().readline())
+    if os.path.exists(network := f'/proc/{pid}/ns/net'):
+        with open(network) as file:
+            ctypes.CDLL(None).setns(file.fileno(), 0)  # python.py's network may be another one
     streams = [Connection(fd) for fd in fds]
     process = multiprocessing.get_context('fork').Process(target=run_script, args=(args, env, executable, cwd, *streams))
     process.start()

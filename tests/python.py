@@ -23,7 +23,7 @@ if not ours and script[:2] != ['-m', 'torch.distributed.run']:
 server = socket.socket(socket.AF_UNIX)
 server.connect(address)
 socket.send_fds(server, [b'.'], [0, 1, 2])
-server.sendall(json.dumps([script, dict(os.environ), os.getcwd()]).encode() + b'\n')
+server.sendall(json.dumps([script, dict(os.environ), os.getcwd(), os.getpid()]).encode() + b'\n')
 answers = server.makefile()
 pid = int(answers.readline())
 

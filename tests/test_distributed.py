@@ -257,7 +257,7 @@ def test_importing_takes_no_time_for_what_only_many_processes_need():
     assert process.stdout == '[]\n', process.stdout + process.stderr
 
 
-def test_two_machines_train_as_one_process(dataset, alone, tmp_path):
+def test_two_machines_train_as_one_process(dataset, alone, tmp_path, forked):
     """Two torchrun agents: in two network namespaces, joined by a cable, where that is allowed; else on loopback."""
     folder, settings = alone
     hosts, address = namespaces()
