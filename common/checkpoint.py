@@ -25,6 +25,7 @@ import torch
 
 from common import convert, distributed, files, lora
 from common.distributed import print0
+from common.extend import extend_context, extend_vocab
 from data.errors import UserError, some
 from data.tokenizer import CHATML, from_record, keep_files, tokenizer_name
 
@@ -386,7 +387,7 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
     of the checkpoint that the run continues. Raises UserError if it does not fit the data or the given settings."""
     vocabulary, block_size = tokenizer_name(vocabulary), config['block_size']
     if vocabulary + CHATML == tokenizer.name and not resumed:
-        model.extend_vocab(tokenizer.base.vocab_size, tokenizer.vocab_size)
+        extend_vocab(model, tokenizer.base.vocab_size, tokenizer.vocab_size)
     elif vocabulary != tokenizer.name:
         raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights were trained on '
                         f'{vocabulary} tokens')
@@ -394,8 +395,8 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
         if resumed:
             raise UserError(f'block_size={block_size} is longer than the {model.config.block_size} of the run: start '
                             f'from its weights with --init_from={resumed}')
-        model.extend_context(block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
-                                            if name in given})
+        extend_context(model, block_size, **{name: config[name] for name in ('rope_theta', 'rope_type', 'rope_factor')
+                                             if name in given})
         return
     for name, value in asdict(model.config).items():
         may_differ = name in ('dropout', 'block_size', 'zero_init') or type(value) is int and config.get(name) == 0

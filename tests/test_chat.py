@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import data.prepare
 from common import objectives
 from common.checkpoint import pretrained
+from common.extend import extend_vocab
 from common.generate import Conversation
 from data.chatml import chat_tokenizer, encode
 from data.conversation import best_fit, prepare_conversations
@@ -336,14 +337,14 @@ def test_new_tokens_get_rows_like_the_others(tie):
         module.weight.data[:257] += 3 + torch.randn(512)
         module.weight.data[257:] = 9
     before = [module.weight.detach().clone() for module in (model.transformer.wte, model.lm_head)]
-    model.extend_vocab(257, 259)
+    extend_vocab(model, 257, 259)
     for old, module in zip(before, (model.transformer.wte, model.lm_head)):
         new = module.weight.detach()
         assert new.shape == old.shape and torch.equal(new[:257], old[:257]) and torch.equal(new[259:], old[259:])
         away = (new[257:259] - old[:257].mean(0)) / old[:257].std(0)
         assert away.mean().abs() < 0.15 and 0.9 < away.std() < 1.1 and not torch.equal(new[257], new[258])
     assert model.config.vocab_size == 259 and (model.lm_head.weight is model.transformer.wte.weight) == tie
-    model.extend_vocab(319, 321)  # beyond the padding
+    extend_vocab(model, 319, 321)  # beyond the padding
     assert model.head(model.hidden(torch.tensor([[320]]))).shape == (1, 1, 321) and len(model.lm_head.weight) == 384
     model.load_state_dict(model.state_dict())
     assert GPT(model.config).state_dict()['lm_head.weight'].shape == (384, 512)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import checkpoint, convert
+from common.extend import extend_context
 from conftest import ROOT, SHARED, TINY as TINY_RUN, environment, needs_gpt2, run
 from data.errors import UserError
 from data.tokenizer import get_tokenizer, tokenizer_files
@@ -433,7 +434,7 @@ def test_a_longer_context(settings, extension):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=12, vocab_size=16, n_layer=1, n_head=2, n_embd=32, **settings))
     train(12, 80)
-    model.extend_context(24, **extension)
+    extend_context(model, 24, **extension)
     assert model.config.block_size == 24 and all(block.attn.config is model.config for block in model.transformer.h)
     train(24, 60)
     x, y = batch(24, -1)
@@ -445,15 +446,15 @@ def test_a_longer_context(settings, extension):
 def test_extending_the_context_names_what_it_needs():
     rope, learned = (GPT(GPTConfig(**TINY, position=position)) for position in ('rope', 'learned'))
     with pytest.raises(ValueError, match='block_size=64 is longer than the weights. 32: .* rope_theta, or rope_type=yarn'):
-        rope.extend_context(64)
+        extend_context(rope, 64)
     with pytest.raises(ValueError, match='rope_theta and rope_type are for position=rope'):
-        learned.extend_context(64, rope_theta=1e5)
+        extend_context(learned, 64, rope_theta=1e5)
     with pytest.raises(ValueError, match="rope_type='ntk' is not one of"):
-        rope.extend_context(64, rope_type='ntk')
+        extend_context(rope, 64, rope_type='ntk')
     assert rope.config.block_size == 32  # as it was
-    rope.extend_context(64, rope_type='yarn')
+    extend_context(rope, 64, rope_type='yarn')
     assert (rope.config.rope_factor, rope.config.rope_original_context) == (2, 32)
-    rope.extend_context(128, rope_type='yarn')
+    extend_context(rope, 128, rope_type='yarn')
     assert (rope.config.rope_factor, rope.config.rope_original_context) == (4, 32)
     assert rope.config.rope_attention_factor == pytest.approx(1.13863, abs=1e-5)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
+from common.extend import extend_context
 from common.optimizers import configure_optimizers
 
 TINY = dict(block_size=32, vocab_size=128, n_layer=2, n_head=4, n_embd=32)  # 128: no padding, as the peers have none
@@ -224,7 +225,7 @@ def test_rope_tables_stay_float32_on_every_device():
     torch.testing.assert_close(expected, positions.cos())
     model.crop_block_size(16)
     assert torch.equal(model.rope_cos, expected[:16])
-    model.extend_context(64, rope_theta=1e6)
+    extend_context(model, 64, rope_theta=1e6)
     assert model.rope_cos.shape == (64, 4) and not torch.equal(model.rope_cos[:16], expected[:16])
 
 
