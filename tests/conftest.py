@@ -40,12 +40,6 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_
         '--eval_iters=4', '--hellaswag_interval=0', '--sample_interval=0', '--curves=False', '--device=cpu', '--dtype=float32', '--compile=False']
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores: tests wait for the processes that they start."""
-    return os.cpu_count() + 1
-
-
 def environment(**more):
     return {**os.environ, 'PYTHONUNBUFFERED': '1', **more}
 
