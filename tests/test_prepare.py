@@ -160,11 +160,10 @@ def killed(script, out_dir, *args, shard_size, times, shards, pause):
     chance = random.Random(1)
     args = [f'--out_dir={out_dir}', f'--shard_size={shard_size}', *args]
     for _ in range(times):
-        goal = len(list(out_dir.glob('*.npy'))) + chance.randrange(shards)
+        goal = len(list(out_dir.glob('*.npy'))) + chance.randrange(1, shards)
         process = start(script, f'--num_proc={chance.randrange(1, 4)}', *args)
-        while process.poll() is None and not ((out_dir / '.prepare-shard').exists()
-                                              and len(list(out_dir.glob('*.npy'))) >= goal):
-            time.sleep(0.005)
+        while process.poll() is None and len(list(out_dir.glob('*.npy'))) < goal:
+            time.sleep(0.001)
         time.sleep(chance.uniform(0, pause))
         assert process.poll() is None, f'it ended before it was killed: {process.stderr.read()}'
         os.killpg(process.pid, signal.SIGKILL)
