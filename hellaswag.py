@@ -100,7 +100,7 @@ def pack(item, tokenizer, block_size):
     """The item's row: (4, T) int64, holding token, target (-1 in the context), position and segment (0 is the
     context, 1 to 4 the endings).
 
-    An item longer than block_size positions loses the beginning of its context, as much as its longest ending needs;
+    An item longer than block_size positions loses the beginning of its context, until each ending fits;
     an ending that is too long by itself loses its end.
     """
     context = tokenizer.encode(item['ctx'])
@@ -131,7 +131,7 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
     rows, labels = zip(*rows)
     rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first, so that memory fails at once
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # decreasing lengths: memory fails at once
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
     with (autocast(dtype, device),
           tqdm(total=len(rows), unit=' items', disable=None if progress else True) as bar):  # None: only at a terminal

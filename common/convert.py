@@ -390,11 +390,10 @@ def read_rope(hf, path):
 def write_rope(config, family):
     """config.json's rope_theta and rope_scaling, which old and new versions of transformers read. Old ones refuse a
     rope_scaling that scales nothing; Apertus, which they don't have, scales unless there is one."""
-    scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
-    scaling = dict(rope_type=config.rope_type) | scaling
-    if len(scaling) == 1 and family.kind != 'ApertusForCausalLM':
+    if config.rope_type == 'default' and family.kind != 'ApertusForCausalLM':
         return dict(rope_theta=config.rope_theta)
-    return dict(rope_theta=config.rope_theta, rope_scaling=scaling)
+    scaling = {theirs: getattr(config, ours) for ours, (theirs, _) in ROPE_TYPES[config.rope_type].items()}
+    return dict(rope_theta=config.rope_theta, rope_scaling=dict(rope_type=config.rope_type) | scaling)
 
 # -----------------------------------------------------------------------------
 # out

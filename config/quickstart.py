@@ -1,4 +1,4 @@
-# A first GPT in three minutes on two cores: 0.8M parameters that learn to write like Python's standard library.
+# A first GPT in three to four minutes on two cores: 0.8M parameters that learn to write like Python's standard library.
 # python data/stdlib/prepare.py
 # python train.py config/quickstart.py
 # python sample.py --out_dir=out-quickstart

@@ -119,7 +119,7 @@ def pack(texts, tokenizer, block_size):
 
 
 def best_fit(lengths, size):
-    """Lists of indices of lengths that sum to at most `size`: the longest first, each where it fits best."""
+    """Lists of indices of lengths that sum to at most `size`, by best-fit decreasing."""
     groups, rooms = [], []  # rooms: (room left, group), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(rooms, (lengths[i],))

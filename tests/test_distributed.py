@@ -170,12 +170,12 @@ def test_a_death_ends_processes_that_wait_for_nobody(tmp_path):
 
 def write_slowly():
     if distributed.master:
-        distributed.result(distributed.in_background(time.sleep, 5))
-    return distributed.first_then_all(lambda: time.sleep(5 if distributed.master else 0))
+        distributed.result(distributed.in_background(time.sleep, 4))
+    return distributed.first_then_all(lambda: time.sleep(4 if distributed.master else 0))
 
 
 def test_a_process_whose_disk_is_slow_is_not_missing(tmp_path):
-    assert on_processes(2, write_slowly, timeout=3, stderr=tmp_path / 'err') == [None, None]
+    assert on_processes(2, write_slowly, timeout=2, stderr=tmp_path / 'err') == [None, None]
     assert (tmp_path / 'err').read_text() == ''
 
 
