@@ -149,14 +149,14 @@ def report(config):
         f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',
         *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
-        f'  {"":<10}{"GB":>5}{"hours":>13}{"GPU-hours":>15}{"cost":>15}  does it fit?']
+        f'  {"":<12}{"GB":>5}{"hours":>13}{"GPU-hours":>15}{"cost":>15}  does it fit?']
     options = remedies(model, config, gpus)
     for gpu, (peak, size) in GPUS.items():
         hours = flops / (peak * config['mfu']) / 3600
         change = remedy(options, USABLE * size * GB)
         fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
                else f'with {change}' if change else 'yes')
-        lines.append(f'  {gpu:<10}{size:>5}{hours / gpus:>13,.1f}{hours:>15,.1f}'
+        lines.append(f'  {gpu:<12}{size:>5}{hours / gpus:>13,.1f}{hours:>15,.1f}'
                      f'{hours * config["gpu_hour_price"]:>15,.0f}  {fit}')
     return '\n'.join(lines)
 

@@ -1,5 +1,6 @@
 """Which device to compute on, in which precision, whether to compile, and how fast the device could be."""
 
+import re
 import subprocess
 import time
 from contextlib import contextmanager, nullcontext
@@ -11,13 +12,14 @@ from data.errors import UserError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# (dense bfloat16 FLOP/s, memory in GB), from NVIDIA's and AMD's datasheets: float16 on the V100 and T4, which have no
-# bfloat16; an MI250X is two devices. Apple's: its newsroom for M1 and M2, and for their larger siblings cores x 256
-# FLOP x 1.3 (M1) or 1.4 GHz (M2), in 32 or 16 bits. Where a GPU comes in two sizes, the larger. The rows of AMD and
-# Apple were not checked against their sources yet.
+# (dense bfloat16 FLOP/s, memory in GB): float16 on the V100 and T4, which have no bfloat16; an MI250X is two devices.
+# NVIDIA's from its datasheets; AMD's as AMD's own profiling tools, torchtitan and reviews quote its datasheets; Apple's
+# from its newsroom (M1, M2), and for their larger siblings cores x 256 FLOP x 1.3 GHz (M1) or 1.4 GHz (M2), in 32 or 16
+# bits. Where a GPU comes in two sizes, the larger.
 GPUS = {'B200': (2250e12, 180), 'H200': (989e12, 141), 'H100 PCIe': (756e12, 80), 'H100': (989e12, 80),
-        'A100': (312e12, 80), 'A10': (125e12, 24), 'L40S': (362e12, 48), 'L4': (121e12, 24), 'RTX 5090': (210e12, 32),
-        'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24), 'V100': (125e12, 32), 'T4': (65e12, 16),
+        'A100': (312e12, 80), 'A40': (150e12, 48), 'A10': (125e12, 24), 'L40S': (362e12, 48), 'L40': (181e12, 48),
+        'L4': (121e12, 24), 'RTX 5090': (210e12, 32), 'RTX 4090': (165e12, 24), 'RTX 3090': (71e12, 24),
+        'V100': (125e12, 32), 'T4': (65e12, 16),
         'MI355X': (2517e12, 288), 'MI325X': (1307e12, 256), 'MI300X': (1307e12, 192), 'MI250X': (192e12, 64),
         'MI210': (181e12, 64), 'MI100': (92e12, 32), 'RX 7900 XTX': (123e12, 24),
         'M2 Ultra': (27e12, 192), 'M2 Max': (13.6e12, 96), 'M2 Pro': (6.8e12, 32), 'Apple M2': (3.6e12, 24),
@@ -105,7 +107,7 @@ def peak_flops(dtype, device):
     (a fifth of a second on a CPU)."""
     name = device_name(device)
     for gpu, (flops, _) in GPUS.items():
-        if gpu in name and dtype != 'float32':
+        if re.search(rf'\b{gpu}\b', name) and dtype != 'float32':  # an A10G is no A10
             return flops
     n = 4096 if 'cuda' in device else 1024
     if device == 'cpu' and dtype == 'float16':

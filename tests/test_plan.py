@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from common import device
 from conftest import TINY, at_step, run, run_ranks
 from plan import predicted_loss
 
@@ -35,6 +36,22 @@ def test_the_plan_of_gpt2_is_what_one_computes_by_hand():
     assert float(gpu_hours) == pytest.approx(flops / (0.4 * 312e12) / 3600, abs=0.06)
     assert float(hours) == pytest.approx(float(gpu_hours) / 8, abs=0.06) and float(cost) == pytest.approx(2 * float(gpu_hours), abs=1)
     assert fit == 'yes'
+
+
+@pytest.mark.parametrize('name, gpu', [
+    ('NVIDIA H100 80GB HBM3', 'H100'), ('NVIDIA H100 PCIe', 'H100 PCIe'), ('NVIDIA A100-SXM4-80GB', 'A100'),
+    ('NVIDIA A10', 'A10'), ('NVIDIA L40S', 'L40S'), ('NVIDIA L40', 'L40'), ('NVIDIA L4', 'L4'), ('Tesla T4', 'T4'),
+    ('Tesla V100-SXM2-16GB', 'V100'), ('NVIDIA GeForce RTX 4090', 'RTX 4090'), ('AMD Instinct MI300X', 'MI300X'),
+    ('AMD Instinct MI250X/MI250', 'MI250X'), ('Apple M2', 'Apple M2'), ('Apple M2 Max', 'M2 Max')])
+def test_a_device_has_the_peak_of_its_row(monkeypatch, name, gpu):
+    monkeypatch.setattr(device, 'device_name', lambda _: name)
+    assert device.peak_flops('bfloat16', 'cuda') == device.GPUS[gpu][0]
+
+
+@pytest.mark.parametrize('name', ['NVIDIA A10G', 'NVIDIA T400', 'NVIDIA H100X', ''])
+def test_the_peak_of_a_device_without_a_row_is_measured(monkeypatch, name):
+    monkeypatch.setattr(device, 'device_name', lambda _: name)
+    assert device.peak_flops('bfloat16', 'cpu') not in {flops for flops, _ in device.GPUS.values()}
 
 
 def test_the_laws_say_what_their_papers_say():
