@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import SHARED, TINY, losses, needs_gpt2, run
+from conftest import SHARED, TINY, losses, needs_gpt2
 from data import dataset
 from data.dataset import Split
 from data.errors import UserError
@@ -131,7 +131,7 @@ def test_other_peoples_shards(tmp_path, splits, kind):
 
 
 @needs_gpt2
-def test_training_and_sampling_from_other_peoples_shards(tmp_path):
+def test_training_and_sampling_from_other_peoples_shards(tmp_path, inside):
     """The same tokens in each format give the same losses, and from the checkpoint comes text."""
     seen = []
     for project in 'build-nanogpt', 'modded-nanogpt', 'nanoGPT':
@@ -140,12 +140,12 @@ def test_training_and_sampling_from_other_peoples_shards(tmp_path):
         for files in splits.values():
             write_foreign(tmp_path / project / files[0], ids(4000).astype(np.uint16), kind)
         out_dir = tmp_path / f'out-{project}'
-        run('train.py', *TINY, '--max_iters=2', f'--dataset={tmp_path / project}', f'--out_dir={out_dir}')
+        inside('train.py', *TINY, '--max_iters=2', f'--dataset={tmp_path / project}', f'--out_dir={out_dir}')
         seen.append(losses(out_dir))
     assert len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     if not (SHARED / 'tiktoken').is_dir():
         pytest.skip("sampling needs GPT-2's vocabulary")
-    assert run('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=8', '--device=cpu').out
+    assert inside('sample.py', f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=8', '--device=cpu')
 
 
 def rewrite_meta(**changes):

@@ -14,7 +14,7 @@ import torch
 from conftest import command, environment, finish, run, start
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from common.optimizers import configure_optimizers
+from common.optimizers import configure_optimizers, step
 from processes import Script
 
 TEXT = 'Übermut, 9 €: ☃ and 😀!'  # characters of one, two, three and four bytes
@@ -30,12 +30,11 @@ def out_dir(tmp_path_factory):
                           position='rope'))
     document = [tokenizer.eot, *tokenizer.encode(TEXT).tolist()]
     ids = torch.tensor([(document * 5)[n:n + 65] for n in range(len(document))])  # from each token on
-    optimizer, = configure_optimizers(model, 'adamw', 3e-3, 0.1, (0.9, 0.95))
-    for _ in range(100):
+    optimizers = configure_optimizers(model, 'muon', 1e-2, 0.1, (0.9, 0.95))
+    for _ in range(40):
         _, loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(optimizers)
     assert loss < 0.05
     folder = tmp_path_factory.mktemp('out')
     torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': 'bytes'}, folder / 'ckpt.pt')

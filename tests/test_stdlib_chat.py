@@ -83,7 +83,11 @@ def test_shards_hold_the_conversations_and_pairs_their_answers(folder):
         assert pair['chosen'] == conversations[pair['prompt']] != pair['rejected'] in conversations.values()
 
 
-def test_the_same_again(folder, tmp_path):
-    run('data/stdlib_chat/prepare.py', f'--out_dir={tmp_path}')
-    for path in sorted(folder.iterdir()):
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+def test_the_same_again(tmp_path):
+    few = tmp_path / 'few.py'  # a tenth of the files
+    few.write_text('from __main__ import files as _files\n_files[:] = _files[::10]\n')
+    for name in 'one', 'two':
+        run('data/stdlib_chat/prepare.py', few, f'--out_dir={tmp_path}/{name}')
+    assert len(list((tmp_path / 'one').iterdir())) >= 8
+    for path in sorted((tmp_path / 'one').iterdir()):
+        assert path.read_bytes() == (tmp_path / 'two' / path.name).read_bytes(), path.name
