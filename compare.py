@@ -29,7 +29,7 @@ from configurator import UserError, configure, given, override, settings_of
 import numpy as np
 
 import plot
-from common import log
+from common import files, log
 
 # -----------------------------------------------------------------------------
 seeds = 5  # pairs of runs at most: 3, 5, 10 or 20
@@ -64,8 +64,8 @@ def finished(folder, config):
             raise UserError(f'{folder} has a run with {name}={then[name]}, not {config[name]}: choose another '
                             '--out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]
-    if end and not math.isfinite(end[-1]):
-        raise UserError(f'{folder} has diverged: its final validation loss is {end[-1]}')
+    if end and end[-1] is None:  # as a log has what is not finite
+        raise UserError(f'{folder} has diverged: its final validation loss is not finite')
     return entries if end else None
 
 
@@ -159,6 +159,7 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
     (a, *_), (b, *_) = sides
     if a == b:
         raise UserError(f'both configurations are called {a}: change one of them, or name its file otherwise')
+    files.lock(out_dir).release()  # raises unless it can be written
     folders, logs, differences = {a: [], b: []}, {a: [], b: []}, []
     pool = ThreadPoolExecutor(jobs)
     try:

@@ -52,7 +52,8 @@ RANGES = (
 )
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
-           'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo')}
+           'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
+           'kind': ('bpe', 'wordpiece', 'unigram')}
 # Settings of train.py, when a run does not use them, and why
 UNUSED = (
     ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c['decay_lr'], 'decay_lr is False'),

@@ -75,9 +75,11 @@ rank, processes = distributed.rank, distributed.world_size
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
-if gradient_accumulation_steps % processes:
+if gradient_accumulation_steps % processes or not gradient_accumulation_steps:
     raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the {processes} '
-                    'processes')
+                    'processes, or is 0')
+if processes == 1 and (ignored := [name for name in ('backend', 'dist_timeout') if name in given]):
+    print0(f'not used: {", ".join(ignored)} (there is one process)')
 accumulation_steps = gradient_accumulation_steps // processes
 pairs_per_step = batch_size * gradient_accumulation_steps
 
@@ -88,7 +90,7 @@ else:
     resumed, (model, vocabulary) = None, checkpoint.pretrained(init_from, dropout=0.0)
     lora.add(model, lora_rank)
 if not model.config.causal:
-    raise UserError(f'{init_from} fills masks, and answers nothing')
+    raise UserError(f'{init_from} is a masked language model, which generates no text')
 tokenizer, block_size = get_tokenizer(vocabulary), model.config.block_size
 model.activation_checkpointing = activation_checkpointing
 
@@ -97,7 +99,8 @@ model.activation_checkpointing = activation_checkpointing
 
 if not pairs or not val_pairs:
     raise UserError('pairs and val_pairs each name jsonl files of prompt, chosen and rejected')
-(train_pairs, left_out), (val_pairs, more) = (read_pairs(paths, tokenizer, block_size) for paths in (pairs, val_pairs))
+train_pairs, left_out = read_pairs(pairs, tokenizer, block_size, 'pairs')
+val_pairs, more = read_pairs(val_pairs, tokenizer, block_size, 'val_pairs')
 print0(f'{len(train_pairs):,} pairs to train on, {len(val_pairs):,} held out; left out: {left_out + more:,} longer '
        f'than block_size={block_size} or without a difference')
 
@@ -107,7 +110,7 @@ def score(pairs):
     model.eval()
     scores = []
     for first in range(0, len(pairs), batch_size * processes):
-        mine = range(first + rank * batch_size, first + (rank + 1) * batch_size)  # on each process as many
+        mine = range(first + rank * batch_size, first + (rank + 1) * batch_size)  # the same number on each process
         x, y = collate([pairs[i % len(pairs)] for i in mine], block_size, device)
         with torch.no_grad(), autocast(dtype, device):
             scores.append(objectives.log_probs(model, x, y).view(2, -1).cpu())  # (2, B)
@@ -125,7 +128,7 @@ def measures(policy, reference):
 # training state, log and checkpoints
 
 try:
-    compiled = pick_compile(compile, device)
+    compiled = pick_compile(compile, device, print0)
     train_model = distributed.wrap(model, device, parallel, dtype, compiled=compiled)
     opts = optimizers.configure_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
 except ValueError as error:  # settings that fit no model
@@ -141,7 +144,7 @@ if resumed:
                         f'ones: --init_from={path} starts from its weights')
     step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
     drawn, reference = resumed['data']['drawn'], resumed['reference']
-    checkpoint.restore_optimizers(model, opts, resumed['optimizer'])
+    distributed.restore_optimizers(model, opts, resumed['optimizer'])
     if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
 else:
@@ -214,7 +217,7 @@ while True:
         scaler.unscale_(opt)
     grad_norm = distributed.clip_grad_norm(model, grad_clip)
     numbers = distributed.sum_over_ranks(*totals / processes, grad_norm / processes, tokens,
-                                         distributed.stop_requested() > 0, device=device)
+                                         distributed.stop_signal > 0, device=device)
     skip = skip_rule(numbers[0], numbers[3])
     lr = learning_rate * min(1, (step + 1) / (warmup_iters + 1))
     optimizers.set_lr(opts, lr)

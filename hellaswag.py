@@ -131,7 +131,7 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
     rows, labels = zip(*rows)
     rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # decreasing lengths: memory fails at once
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first: the most memory, at once
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
     with (autocast(dtype, device),
           tqdm(total=len(rows), unit=' items', disable=None if progress else True) as bar):  # None: only at a terminal
@@ -163,8 +163,10 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
 
 if __name__ == '__main__':
     configure(globals())
-    if out and (os.path.exists(out) or not os.access(os.path.dirname(out) or '.', os.W_OK)):  # before the work
-        why = 'it exists' if os.path.exists(out) else 'there is no such folder'
+    folder = os.path.dirname(out) or '.'
+    if out and (os.path.exists(out) or not os.access(folder, os.W_OK)):  # before the work
+        why = ('it exists' if os.path.exists(out) else f'{folder} is not writable' if os.path.isdir(folder) else
+               'there is no such folder')
         raise UserError(f'out={out} cannot be written: {why}')
     items = load_items(data, limit)
     device = pick_device(device)

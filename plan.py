@@ -30,7 +30,7 @@ budget = 0.0  # FLOPs, such as 1e19: print the compute-optimal parameters and to
 fit = ''  # with budget: by a law of your own too, the scaling.json that scaling.py wrote
 # -----------------------------------------------------------------------------
 
-USABLE = 0.9  # of it: the rest goes to CUDA itself, to buffers, and to what fragments
+USABLE = 0.9  # usable fraction of a GPU's memory; the rest: CUDA's context, buffers, fragmentation
 GB = 1e9
 
 
@@ -74,8 +74,6 @@ def memory(model, config, gpus):
         outside = n - block * c.n_layer
         # two blocks, since the next is fetched while one computes; the embeddings and their gradient in float32
         parts['gathered'] = 2 * b * block + 8 * outside
-    if hidden:  # while it updates, when the activations are gone
-        parts['muon'] = muon_memory(hidden, gpus)
 
     # bytes a token that a compiled backward pass needs of each layer: the residual stream before both normalisations,
     # their outputs, q, k, v, attention's output, and the MLP before and after its activation (after Korthikanti et al.
@@ -85,9 +83,10 @@ def memory(model, config, gpus):
     layer = 2 * residual * c.n_embd + b * (2 * c.n_embd + 2 * q + 2 * kv + mlp) + (2 * c.n_embd if c.dropout else 0)
     layers = residual * c.n_embd * c.n_layer + layer if config['activation_checkpointing'] else layer * c.n_layer
     head = (b if config['compile'] else b + 8) * c.padded_vocab_size  # the logits; eager, also twice in float32
-    parts['activations'] = config['batch_size'] * c.block_size * (layers + head)
-    parts['muon'] = max(0, parts.get('muon', 0) - parts['activations'])
-    return {part: size for part, size in parts.items() if size or part != 'muon'}
+    activations = config['batch_size'] * c.block_size * (layers + head)
+    if (muon := muon_memory(hidden, gpus) - activations) > 0:  # while it updates, when the activations are gone
+        parts['muon'] = muon
+    return parts | {'activations': activations}
 
 
 def remedies(model, config, gpus):
@@ -113,9 +112,9 @@ def remedies(model, config, gpus):
     return found
 
 
-def remedy(options, room):
-    """The settings of the first of the remedies that fits into `room` bytes; None if none does."""
-    return next((settings for settings, size in options if size <= room), None)
+def remedy(options, available):
+    """The settings of the first of the remedies that fits into `available` bytes; None if none does."""
+    return next((settings for settings, size in options if size <= available), None)
 
 
 def report(config):
@@ -140,6 +139,7 @@ def report(config):
     lines = [
         f'parameters            {n:,}, {non_embedding:,} of them in the blocks',
         f'tokens                {tokens:,} = {config["max_iters"]:,} steps of {step:,}',
+        *[f'                      ({note})'] * bool(note),
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
         f"loss to expect        {chinchilla:.2f} by Chinchilla's fit, {kaplan:.2f} by Kaplan's law, in nats per token",

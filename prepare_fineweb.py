@@ -39,7 +39,6 @@ num_proc = 0  # workers; 0: one per core
 # -----------------------------------------------------------------------------
 defaults = dict(globals())
 configure(globals())
-out_dir, dataset = os.path.expanduser(out_dir), os.path.expanduser(dataset)
 
 
 def hub():
@@ -86,15 +85,8 @@ def texts_of(table):
                         'name the one with the text as --text_key')
     texts = [text if isinstance(text, str) else None for text in table[text_key].to_pylist()]
     if None in texts and not skip_bad:
-        raise UserError(f"{dataset} has values in '{text_key}' that are no strings (--skip_bad skips and counts them)")
+        raise UserError(f"{dataset} has values in '{text_key}' that are not strings (--skip_bad skips and counts them)")
     return texts
-
-
-def own_files():
-    """Your own files: (corpus, source, None)."""
-    files = find_files(data_files)
-    return (corpus_of_files(files, text_key, txt_split, skip_bad),
-            {'data_files': data_files, 'files': {file: os.path.getsize(file) for file in files}}, None)
 
 
 def check_settings():
@@ -111,7 +103,12 @@ def check_settings():
 if __name__ == '__main__':
     check_settings()
     name = name or 'sample-10BT' * (dataset == defaults['dataset'])
-    corpus, source, total = own_files() if data_files else hub()
+    if data_files:
+        files = find_files(data_files)
+        corpus, total = corpus_of_files(files, text_key, txt_split, skip_bad), None
+        source = {'data_files': data_files, 'files': {file: os.path.getsize(file) for file in files}}
+    else:
+        corpus, source, total = hub()
     prepare(out_dir, corpus, source=source, total=total, tokenizer=tokenizer, shard_size=shard_size,
             max_tokens=max_tokens, num_proc=num_proc, clean=clean, dedup=dedup or 'exact' * clean,
             settings={'text_key': text_key, 'txt_split': txt_split, 'skip_bad': skip_bad})

@@ -46,7 +46,7 @@ LIMIT = 600  # seconds until a rehearsed run that neither saves nor ends counts 
 
 
 class Minor(UserError):
-    """The run finishes all the same."""
+    """A problem that does not end the run."""
 
 
 class Table:
@@ -82,15 +82,16 @@ def device_for(config, processes):
 
 
 def check_settings(config, processes):
-    """Found: tokens in a step."""
+    """(tokens in a step, text)"""
     device = pick_device(device_for(config, processes))
-    steps, batch_size, _ = distributed.divide_step(config, given, processes)
+    steps, batch_size, note = distributed.divide_step(config, given, processes)
     text = f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens, {device}'
-    return steps * batch_size * config['block_size'] * processes, f'{text}, {pick_dtype(config["dtype"], device)}'
+    text += f', {pick_dtype(config["dtype"], device)}' + f' ({note})' * bool(note)
+    return steps * batch_size * config['block_size'] * processes, text
 
 
 def check_data(config, step):
-    """Found: the training data's Loader."""
+    """(the training data's Loader, text)"""
     train, val = (Loader(config['dataset'], split, config['batch_size'], config['block_size'], seed=config['seed'],
                          shuffle=config['shuffle'] and split == 'train') for split in ('train', 'val'))
     tokens = sum(data.n_tokens for data in train.splits)
@@ -104,7 +105,7 @@ def check_tokenizer(data):
 
 
 def check_model(config, tokenizer):
-    """Found: the run's GPTConfig."""
+    """(the run's GPTConfig, text)"""
     source = checkpoint.resolve(config['init_from'], config['out_dir'])
     path, vocabulary = checkpoint.resume_path(source, config['out_dir']), tokenizer.name
     if source == 'scratch':
@@ -163,7 +164,7 @@ def check_disk(config, gpt):
 
 
 def check_hellaswag(config, tokenizer, gpt):
-    """Found: the number of items. Downloads them if the run would."""
+    """(the number of items, text). Downloads them if the run would."""
     items, why_none = hellaswag.items_of_run(config, given)
     if not config['hellaswag_interval']:
         return 0, f'not scored: {why_none}'
@@ -244,7 +245,7 @@ def kill(process, folder):
 
 
 def train(config, command, folder):
-    """The run until its first checkpoint, and no further. Found: its log."""
+    """The run until its first checkpoint, and no further: (its log, text)."""
     began = time.monotonic()
     run_until((folder / 'out' / checkpoint.NAME).exists, command, folder)
     entries = [] if config['eval_only'] else log.read(folder / 'out' / 'log.jsonl')
@@ -305,15 +306,6 @@ def before_training(table, config, processes, folder):
     return step and gpt, items
 
 
-def while_training(table, config, gpt, command, folder):
-    entries = table.check('train', train, config, command, folder)
-    table.check('evaluation', check_evaluation, entries, folder)
-    table.check('sample', check_sample, config, entries, folder)
-    if not config['eval_only']:
-        resumed = table.check('resume', check_resume, entries, command, folder)
-        table.check('export', check_export, gpt, resumed, folder)
-
-
 def rehearse(config, arguments, processes):
     """Print the table of a run with these settings, given as `arguments` on train.py's command line. Returns the names
     of the checks that it failed."""
@@ -324,7 +316,12 @@ def rehearse(config, arguments, processes):
         gpt, items = before_training(table, config, processes, folder)
         command = gpt and [sys.executable, *launcher, ROOT / 'train.py', *arguments,
                            *narrow(config, gpt, processes, items or 0, folder)]
-        while_training(table, config, gpt, command, folder)
+        entries = table.check('train', train, config, command, folder)
+        table.check('evaluation', check_evaluation, entries, folder)
+        table.check('sample', check_sample, config, entries, folder)
+        if not config['eval_only']:
+            resumed = table.check('resume', check_resume, entries, command, folder)
+            table.check('export', check_export, gpt, resumed, folder)
     return table.failed
 
 

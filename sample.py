@@ -174,6 +174,8 @@ if (start != '') + (prompts != '') + interactive + chat > 1:
     raise UserError('start, prompts, interactive and chat each name the prompt: give only one of them')
 if chat and (unused := [name for name in ('num_samples', 'batch_size', 'stop', 'json') if name in given]):
     raise UserError(f'{", ".join(unused)}: a conversation has one answer at a time, which ends where the model ends it')
+if interactive and ('batch_size' in given or 'num_samples' in given and num_samples > 1):
+    raise UserError('num_samples, batch_size: interactive draws one sample a prompt')
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:
@@ -187,7 +189,7 @@ model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
 if not model.config.causal and (unused := [name for name in given if name not in (
         'out_dir', 'init_from', 'start', 'prompts', 'interactive', 'json', 'device', 'dtype')]):
-    raise UserError(f'{", ".join(unused)}: this model fills masks, and draws nothing')
+    raise UserError(f'{", ".join(unused)}: this is a masked language model, which generates no text')
 cast_linears(dtype, model)
 if compile is True and 'cuda' not in device:
     print(f'compile=True does nothing on {device}: CUDA graphs need a GPU', file=sys.stderr)

@@ -68,6 +68,8 @@ def read_run(folder):
     if starts[0]['config']['init_from'] not in ('scratch', 'auto'):
         raise UserError(f'{folder} started from {starts[0]["config"]["init_from"]}: a scaling law is of models trained '
                         'from scratch')
+    if scores[-1]['val_loss'] is None:  # as a log has what is not finite
+        raise UserError(f'{folder} has diverged: its final validation loss is not finite')
     tokens = starts[-1]['tokens_per_step'] * config['max_iters']
     return Run(folder, starts[-1]['parameters'], tokens, scores[-1]['val_loss']), config
 
@@ -129,7 +131,7 @@ def draw(path, fitted, unseen, law, predictions):
     n, d = span(counts[0] / 2.5, counts[-1]), span(tokens[0], tokens[-1])  # room for the labels of the lines over n
     limit = dict(color='0.35', linestyle=':', linewidth=1.4)
     by_flops.plot(flops, law.loss(*law.optimum(flops)), color='black', linestyle='--', linewidth=1.4, label='frontier')
-    by_n.plot(n, law.loss(n, math.inf), **limit, label='limit of endless D, or N')
+    by_n.plot(n, law.loss(n, math.inf), **limit, label='limit D → ∞, or N → ∞')
     by_d.plot(d, law.loss(math.inf, d), **limit)
     for count in tokens:
         by_n.plot(n, law.loss(n, count), color='0.75', linewidth=0.9, zorder=1)
@@ -195,10 +197,12 @@ def main():
             import matplotlib  # noqa: F401  before hours of training
         except ImportError:
             raise UserError('the picture needs matplotlib: pip install matplotlib, or --picture= for none') from None
-    os.makedirs(out_dir, exist_ok=True)
+    files.lock(out_dir).release()  # raises unless it can be written
     if runs:
-        folders = sorted({folder for pattern in runs.split(',') for folder in glob.glob(pattern.strip())
-                          if os.path.isdir(folder)})
+        patterns = [os.path.expanduser(pattern.strip()) for pattern in runs.split(',')]
+        folders = sorted({folder for pattern in patterns for folder in glob.glob(pattern) if os.path.isdir(folder)})
+        if not folders:
+            raise UserError(f'runs={runs} names no folder')
         found = [read_run(folder) for folder in folders]
     else:
         found = train_grid({name: given[name] for name in known})
@@ -223,7 +227,7 @@ def main():
     for name, (low, high) in intervals.items():
         print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
     if E < 0.01 * min(data[2]):
-        print('  E is not told from 0 by these runs: the loss must flatten for that, in longer runs of larger models')
+        print('  these runs cannot tell E from 0: that takes longer runs of larger models')
     print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), '
           "Chinchilla's 0.46 to 0.50")
 

@@ -184,7 +184,7 @@ def get_model():
 try:
     model, resumed, resumed_path = get_model()
     model.activation_checkpointing = activation_checkpointing
-    compiled = pick_compile(compile, device)
+    compiled = pick_compile(compile, device, print0)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)
     criterion = objectives.Objective(config, model.config, tokenizer.name, device, compiled,
                                      documents=tokenizer if document_mask else None)
@@ -196,7 +196,7 @@ scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == 'float
 step, best_val_loss, skipped, bad_steps = 0, math.inf, 0, 0  # bad_steps: skipped in a row
 if resumed:
     step, best_val_loss, skipped = resumed['iter_num'], resumed['best_val_loss'], resumed['skipped']
-    checkpoint.restore_optimizers(model, opts, resumed['optimizer'])
+    distributed.restore_optimizers(model, opts, resumed['optimizer'])
     if resumed['scaler']:  # empty if the run did not need one
         scaler.load_state_dict(resumed['scaler'])
     train_data.load_state_dict(resumed['data'])
@@ -239,7 +239,7 @@ def validation_loss(data):
         total, count = total + torch.where(n > 0, loss * n, 0), count + n  # a batch without targets has no loss
         if not eval_only and distributed.stop_agreed(device):
             raise Stopped
-    total, count = distributed.all_sum(total, count, device=device)
+    total, count = distributed.sum_over_ranks(total, count, device=device).tolist()
     return total / count
 
 
@@ -288,8 +288,8 @@ def evaluate():
 
 def save(best=False):
     """Write what an exact resume needs, in the background once it is copied."""
-    state = (checkpoint.sharded_state(model, opts, out_dir) if sharded_checkpoints
-             else distributed.training_state(model, opts))
+    checkpoint.wait()  # one copy in CPU memory at a time
+    state = (distributed.sharded_state if sharded_checkpoints else distributed.training_state)(model, opts)
     state |= {**to_record(tokenizer), 'model_args': asdict(model.config), 'config': config, 'iter_num': step,
               'best_val_loss': best_val_loss, 'data': train_data.state_dict(), 'scaler': scaler.state_dict(),
               'random': distributed.all_gather(checkpoint.random_state(device)), 'skipped': skipped,
@@ -302,6 +302,8 @@ def claim_out_dir():
     first step: a start that fails leaves out_dir as it was."""
     if run_log and run_log.held is not None:
         log.archive_or_rewind(out_dir, resumed_path, first)
+        if start_is_best:
+            checkpoint.keep_best(out_dir, resumed_path)
         checkpoint.keep_tokenizer(tokenizer, out_dir)
         run_log.release()
 
@@ -336,7 +338,7 @@ def finish_step(step, lr, numbers, data_s):
     return bool(stop)
 
 
-def step_is_slow(seconds):
+def warn_if_slow(seconds):
     """Tell the user early that a step takes longer than a minute, and what makes it shorter."""
     if seconds > 60:
         print0(f'a step takes about {timedelta(seconds=round(seconds))}: {accumulation_steps} micro-batches of '
@@ -376,7 +378,8 @@ del resumed
 
 if not eval_only:
     distributed.stop_on_signals()
-stop, first, unfinished = False, step, deque()  # unfinished: steps whose numbers are still on the device
+stop, first, start_is_best = False, step, False  # start_is_best: the lowest validation loss is the first step's
+unfinished = deque()  # steps whose numbers are still on the device
 if compiled:
     print0('compiling in the first evaluation and the first step, which may take minutes')
 durations, finished = deque(maxlen=50), time.perf_counter()  # seconds of the last steps; when the last one finished
@@ -400,7 +403,9 @@ while True:
             if due(eval_interval) and step > 0 and not eval_only and math.isfinite(result['val_loss']):
                 improved = result['val_loss'] < best_val_loss
                 best_val_loss = min(best_val_loss, result['val_loss'])
-                if improved and save_first:
+                if step == first and resumed_path != ckpt_path:  # ckpt.pt is another step's until claim_out_dir()
+                    start_is_best = improved and os.path.dirname(resumed_path) == os.path.dirname(ckpt_path)
+                elif improved and save_first:
                     checkpoint.keep_best(out_dir)
                 elif improved or always_save_checkpoint and not save_first:
                     save(best=improved)
@@ -423,8 +428,8 @@ while True:
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
         if step == first and micro_step == 0:
-            step_is_slow((time.perf_counter() - began) * accumulation_steps)
-        if distributed.world_size == 1 and distributed.stop_requested() and micro_step < accumulation_steps - 1:
+            warn_if_slow((time.perf_counter() - began) * accumulation_steps)
+        if distributed.world_size == 1 and distributed.stop_signal and micro_step < accumulation_steps - 1:
             stop = True  # one process need not finish a long step: it will be repeated
             train_data.load_state_dict(before[0])
             checkpoint.set_random_state(before[1], device)
@@ -432,12 +437,12 @@ while True:
     if stop:
         break
 
-    # clip; sum over the processes; skip a step that would do harm, which the device decides
+    # clip; sum over the processes; decide on the device whether to skip the step
     for opt in opts:
         scaler.unscale_(opt)
     grad_norm = distributed.clip_grad_norm(model, grad_clip)
     numbers = distributed.sum_over_ranks(train_loss / distributed.world_size, grad_norm / distributed.world_size,
-                                         distributed.stop_requested() > 0, device=device)
+                                         distributed.stop_signal > 0, device=device)
     skip = skip_rule(*numbers[:2])
     lr = get_lr(step)
     optimizers.set_lr(opts, lr)

@@ -27,7 +27,7 @@ max_bytes = 300_000_000  # of text to train on, kept in memory: a sample of all 
 out_dir = ''  # the folder to write
 # -----------------------------------------------------------------------------
 PIECE = 4000  # characters taken or left out together
-HELD_OUT = 20  # one piece in as many is for measuring
+HELD_OUT = 20  # one piece in HELD_OUT is held out, to measure
 
 
 def pieces(corpus):
@@ -78,7 +78,7 @@ def train(kind, vocab_size, texts):
 
 def sorted_pieces(vocab):
     """Unigram's vocabulary, [[piece, score], …], the same in each training. The library adds up scores in the order of
-    hash tables, which is another one each time, so they are rounded; in such an order it also gives the characters that
+    a hash table, which differs from run to run, so they are rounded; in such an order it also gives the characters that
     training dropped their scores, in steps of 0.0001 from the lowest, which here follow the characters."""
     special, vocab = vocab[:1], [[piece, round(score, 6)] for piece, score in vocab[1:]]
     lowest = min(score for _, score in vocab)
@@ -99,8 +99,6 @@ def bytes_per_token(tokenizer, texts):
 
 if __name__ == '__main__':
     configure(globals())
-    if kind not in ('bpe', 'wordpiece', 'unigram'):
-        raise UserError(f'kind={kind} is not one of bpe, wordpiece, unigram')
     if not data_files or not out_dir:
         raise UserError("--data_files='corpus/*.jsonl' names the text, and --out_dir=FOLDER where the tokenizer goes")
     if vocab_size < 258 or max_bytes < 1:

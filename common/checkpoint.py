@@ -3,7 +3,7 @@ Checkpoints: written so that an interruption never costs the previous one, read 
 
 A checkpoint is a dictionary with nanoGPT's keys (model, model_args, optimizer, iter_num, best_val_loss, config)
 and what else a run needs to continue as if it had not stopped (tokenizer, data, random, …). It holds full tensors
-under the names that they have in one process: how many processes wrote it, and in which layout, leaves no trace.
+under the names that they have in one process, and does not depend on the number or the layout of those that wrote it.
 
 One too large for a process is written by all: each writes its shards of the tensors to a folder beside ckpt.pt, as
 safetensors, and ckpt.pt holds the rest and the folder's name.
@@ -35,16 +35,6 @@ SHARDS = re.compile(r'shards_\d{6,}')  # a folder in out_dir
 # -----------------------------------------------------------------------------
 # what a checkpoint holds
 
-def sharded_state(model, optimizers, out_dir):
-    """As distributed.training_state, but for 'tensors', copies of each process's own shards, which save will write into
-    the folder 'shards'."""
-    wait()  # the folder before must be there, to leave its name alone
-    tensors, groups = distributed.sharded_state(model, optimizers)
-    folder = next(name for n in itertools.count() if not Path(out_dir, name := f'shards_{n:06d}').exists())
-    return {'model': {}, 'optimizer': {'state': {}, 'param_groups': groups}, 'tensors': tensors,
-            'shards': distributed.all_gather(folder)[0]}  # one name for all
-
-
 def random_state(device):
     """The state of this process's random number generators."""
     state = {'cpu': torch.get_rng_state()}
@@ -71,6 +61,9 @@ def save(checkpoint, out_dir, best=False, keep=0):
     """
     global writing
     wait()
+    if 'tensors' in checkpoint:  # of distributed.sharded_state: for a new folder, of one name for all
+        folder = next(name for n in itertools.count() if not Path(out_dir, name := f'shards_{n:06d}').exists())
+        checkpoint['shards'] = distributed.all_gather(folder)[0]
     if distributed.master or 'shards' in checkpoint:
         writing = distributed.in_background(write, checkpoint, Path(out_dir), best, keep)
 
@@ -83,12 +76,14 @@ def keep_tokenizer(tokenizer, out_dir):
         raise UserError(f'the tokenizer cannot be written into {out_dir}: {files.reason(error)}') from None
 
 
-def keep_best(out_dir):
-    """Copy ckpt.pt to ckpt_best.pt in the background, if the last save wrote it, or this run resumed from it. All
-    processes call it."""
+def keep_best(out_dir, path=''):
+    """Copy a checkpoint, or else ckpt.pt, to ckpt_best.pt in the background, if the last save wrote it, or this run
+    resumed from it. All processes call it."""
+    path = Path(path or os.path.join(out_dir, NAME))
+
     def copy(written=writing):
-        if written.result() if written else Path(out_dir, NAME).exists():
-            warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, Path(out_dir, NAME))
+        if written.result() if written else path.exists():
+            warn_if_failed('written', Path(out_dir, 'ckpt_best.pt'), files.copy, path)
 
     if distributed.master:
         distributed.in_background(copy)
@@ -178,7 +173,11 @@ def resume_path(init_from, out_dir):
     out/ckpt_000250.pt. None for any other init_from."""
     if init_from == 'resume':
         return os.path.join(out_dir, NAME)
-    return init_from.removeprefix('resume:') if init_from.startswith('resume:') else None
+    if not init_from.startswith('resume:'):
+        return None
+    folder, name = os.path.split(init_from.removeprefix('resume:'))
+    same = os.path.realpath(folder) == os.path.realpath(out_dir)  # in another spelling, perhaps
+    return os.path.join(out_dir if same else folder, name)
 
 
 def load(path, resume=False):
@@ -403,13 +402,6 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
         if name in given and config[name] != value and not may_differ:  # 0 stands for another number
             raise UserError(f'{given[name]}: the weights have {name}={value}')
     model.crop_block_size(block_size)
-
-
-def restore_optimizers(model, optimizers, state):
-    """Give the optimizers their saved state (moments, steps). Learning rate, weight decay and betas stay this run's."""
-    if missing := [name for name, p in model.named_parameters() if p.requires_grad and name not in state['state']]:
-        raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
-    distributed.set_optimizer_state(model, optimizers, state)
 
 
 def add_shards(checkpoint, path):

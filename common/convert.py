@@ -37,7 +37,7 @@ from data.tokenizer import CHATML, TOKENIZERS, get_tokenizer, printable, tokeniz
 
 class Family(NamedTuple):
     kind: str  # transformers' class
-    fixed: dict  # GPTConfig fields that are not GPTConfig's defaults
+    fixed: dict  # GPTConfig fields whose values this family implies
     fields: dict  # those that vary: (name in config.json, value where it is missing; ... where it must be there)
     settings: dict  # what else changes the computation: the values that compute what GPT does; the first is written
     biases: dict  # {part of a block: the setting that gives its Linears biases}; empty where they always have some
@@ -147,7 +147,7 @@ def rows(theirs, shape, config):
 
 
 def turn(family, name, w, config):
-    """One of their tensors as a part of ours, or that part as theirs: each way the same exchange."""
+    """One of their tensors in our layout, or one of ours in theirs: each of these changes is its own inverse."""
     if family.kind == 'GPT2LMHeadModel' and '.c_' in name and w.dim() == 2:
         return w.t()  # as in the Conv1D layers of OpenAI's TensorFlow code
     if family.kind == 'NanoChatForCausalLM' and ('q_proj' in name or 'k_proj' in name):  # RoPE turns the other way
@@ -205,10 +205,10 @@ def read_tensors(name):
     if not files[0]:  # larger models come in parts
         index = find(name, 'model.safetensors.index.json', optional=True)
         if not index:
-            old = any(find(name, f'pytorch_model.bin{end}', optional=True) for end in ('', '.index.json'))
-            raise UserError(f'{name} holds no model.safetensors' + (
-                ', only pytorch_model.bin: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of '
-                'transformers writes one' if old else ': a folder written by save_pretrained does'))
+            if any(find(name, f'pytorch_model.bin{end}', optional=True) for end in ('', '.index.json')):
+                raise UserError(f'{name} holds no model.safetensors, only pytorch_model.bin: AutoModelForCausalLM'
+                                '.from_pretrained(…).save_pretrained(…) of transformers writes one')
+            find(name, 'model.safetensors')  # raises, with the reason
         parts = read_json(index).get('weight_map')
         parts = list(parts.values()) if isinstance(parts, dict) else [None]
         if not all(isinstance(part, str) and re.fullmatch(r'[\w-][\w.-]*\.safetensors', part) for part in parts):
@@ -320,7 +320,7 @@ def read_fields(family, hf, path):
     if 'rope_theta' in family.fields:
         rope = read_rope(hf, path)
         if family.kind == 'ApertusForCausalLM' and not (hf.get('rope_scaling') or hf.get('rope_parameters')):
-            raise UserError(f'{path} has no rope_parameters')  # this class's defaults are not those that read_rope takes
+            raise UserError(f'{path} has no rope_parameters')  # its defaults are not those that read_rope takes
         for ours, value in rope.items():
             if ours not in family.fields and value != getattr(GPTConfig, ours):
                 raise UserError(f'{path}: {ours}={value!r} has no counterpart in {family.kind}')

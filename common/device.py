@@ -1,7 +1,6 @@
 """Which device to compute on, in which precision, whether to compile, and how fast the device could be."""
 
 import re
-import subprocess
 import time
 from contextlib import contextmanager, nullcontext
 
@@ -34,6 +33,8 @@ def pick_device(device='auto'):
         torch.zeros(1, device=device).item()  # 'meta' has no values
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise UserError(f'device={device} cannot be used here ({str(error).splitlines()[0]}): try --device=cpu')
+    if device.startswith('cuda:'):
+        torch.cuda.set_device(device)  # else events, synchronize() and the like are the first GPU's
     return device
 
 
@@ -56,8 +57,8 @@ def autocast(dtype, device):
     return torch.autocast(torch.device(device).type, DTYPES[dtype])
 
 
-def pick_compile(compile, device):
-    """'auto' is True where torch.compile works, which compiling one addition shows."""
+def pick_compile(compile, device, print=print):
+    """'auto' is True where torch.compile works, which compiling one addition shows; else a line is printed."""
     if compile in (True, False):
         return compile
     if compile != 'auto':
@@ -86,20 +87,14 @@ def fetch(x):
 
 def synchronize(device):
     """Wait until the device has finished its work."""
-    if 'cuda' in device:
-        torch.cuda.synchronize()
-    elif 'mps' in device:
-        torch.mps.synchronize()
+    torch.get_device_module(device).synchronize()
 
 
 def device_name(device):
     """What a GPU calls itself: 'NVIDIA H100 80GB HBM3', 'AMD Instinct MI300X', 'Apple M2 Max'; else ''."""
     if 'cuda' in device:
         return torch.cuda.get_device_name()
-    if 'mps' in device:
-        sysctl = subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True)
-        return sysctl.stdout.strip()
-    return ''
+    return torch.backends.mps.get_name() if 'mps' in device else ''
 
 
 def peak_flops(dtype, device):

@@ -118,7 +118,7 @@ def join(timeout):
     try:
         base, *_ = next(rendezvous('env://', timeout=timedelta(seconds=timeout)))
     except ValueError as error:  # RANK alone
-        raise UserError(f'RANK is set, but not what else torchrun sets: {error}')
+        raise UserError(f'RANK is set, but another variable that torchrun sets is missing: {error}')
     store = dist.PrefixStore(f'joining/{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', base)  # for is_first_failure
     me, answered = uuid.uuid4().hex, set()
     if rank == 0:
@@ -308,10 +308,12 @@ def optimizer_state(model, optimizers, copy=gather_to_cpu):
                                              for optimizer in optimizers for group in optimizer.param_groups]}
 
 
-def set_optimizer_state(model, optimizers, state):
+def restore_optimizers(model, optimizers, state):
     """Give the optimizers what optimizer_state gave, or each process its shards of it. Learning rate, weight decay and
-    the like stay as they are: this run's settings."""
+    the like stay as they are: this run's settings. Raises UserError if a trained parameter has no state."""
     names = {p: name for name, p in model.named_parameters()}
+    if missing := [name for p, name in names.items() if p.requires_grad and name not in state['state']]:
+        raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group['params']):
             optimizer.state[p] = {key: shard_like(x, p) if x.dim() else x.to(to_local(p).device, copy=True)
@@ -319,15 +321,15 @@ def set_optimizer_state(model, optimizers, state):
 
 
 def sharded_state(model, optimizers):
-    """As training_state, but the tensors in one dictionary, {'model.NAME' or 'optimizer.NAME.KEY': tensor}, with
-    copies of each process's own shards, for save_shards. Returns (tensors, param_groups)."""
+    """As training_state, but the tensors apart, {'model.NAME' or 'optimizer.NAME.KEY': tensor} under 'tensors', copies
+    of each process's own shards, for save_shards."""
     global writers
     writers = writers or dist.new_group(backend='gloo')
     reshard(model)
     optimizer = optimizer_state(model, optimizers, copy=copy_to_cpu)
     tensors = {f'model.{name}': copy_to_cpu(p) for name, p in model.named_parameters()}
     tensors |= {f'optimizer.{name}.{key}': x for name, state in optimizer['state'].items() for key, x in state.items()}
-    return tensors, optimizer['param_groups']
+    return {'model': {}, 'optimizer': optimizer | {'state': {}}, 'tensors': tensors}
 
 
 def reshard(model):
@@ -370,11 +372,6 @@ def sum_over_ranks(*values, device):
     total = torch.stack([torch.as_tensor(v, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
                          for v in values])
     return all_reduce_tensor(total)
-
-
-def all_sum(*values, device):
-    """As sum_over_ranks, as floats: waits for the device."""
-    return sum_over_ranks(*values, device=device).tolist()
 
 
 def all_reduce_tensor(x):
@@ -430,12 +427,12 @@ def map_matrices(function, x, like):
 
 
 def first_then_all(function):
-    """function(), run by the first process and then by the others, which find what it fetched."""
-    if master:
+    """function(), run by the first process of each machine and then by the others, which find what it fetched."""
+    if local_rank == 0:
         with working():
             result = function()
     all_gather(None)
-    return result if master else function()
+    return result if local_rank == 0 else function()
 
 
 # -----------------------------------------------------------------------------
@@ -455,7 +452,7 @@ def on_device(function, *args):
 
 
 def result(future):
-    """The result of in_background's future; who waits for it is not missing."""
+    """The result of in_background's future; the watchdog does not count a process that waits here as missing."""
     with working():
         return future.result()
 
@@ -475,23 +472,18 @@ def working():
 # -----------------------------------------------------------------------------
 # signals
 
-stop_signal = stop_time = 0
+stop_signal = stop_time = 0  # the number of the signal that asked this process to stop, and when
 
 
 def stop_on_signals():
-    """From now on SIGINT and SIGTERM ask for a stop, which stop_requested tells; the second one stops at once."""
+    """From now on SIGINT and SIGTERM ask for a stop, which sets stop_signal; the second one stops at once."""
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
 
 
-def stop_requested():
-    """The number of the signal that asked this process to stop, or 0."""
-    return stop_signal
-
-
 def stop_agreed(device):
     """Was any process asked to stop? The same answer for all."""
-    return all_sum(stop_signal > 0, device=device)[0] > 0
+    return sum_over_ranks(stop_signal > 0, device=device).item() > 0
 
 
 def request_stop(number, frame):
@@ -575,7 +567,7 @@ def watchdog(timeout, parent):
         while not ended:
             for key, _ in selector.select(min(1, interval)):
                 try:
-                    alive = key.fileobj.recv(1)  # its last word, a normal end
+                    alive = key.fileobj.recv(1)  # shutdown() sends a byte
                 except OSError:
                     alive = b''
                 if not alive and not ended:

@@ -30,9 +30,9 @@ def extend_context(model, block_size, rope_theta=0.0, rope_type='', rope_factor=
         raise ValueError('rope_theta and rope_type are for position=rope, and the weights have learned positions')
     new = replace(config, block_size=block_size, **changes)  # checks them
     if config.position == 'learned':
-        wpe = model.transformer.wpe.weight
-        model.transformer.wpe = nn.Embedding.from_pretrained(F.interpolate(
-            wpe.t()[None], size=block_size, mode='linear', align_corners=True)[0].t().contiguous(), freeze=False)
+        wpe = model.transformer.wpe.weight  # (T, C)
+        longer = F.interpolate(wpe.t()[None], size=block_size, mode='linear', align_corners=True)[0].t()
+        model.transformer.wpe = nn.Embedding.from_pretrained(longer.contiguous(), freeze=not wpe.requires_grad)
     vars(config).update(vars(new))  # each block has the same config
     model.init_rope()
 

@@ -30,7 +30,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, m
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if not model.config.causal:
-        raise ValueError('this model fills masks, and continues no text')
+        raise ValueError('this is a masked language model, which generates no text')
     (B, T), block_size, device = idx.shape, model.config.block_size, idx.device
     generators = [None] * B if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
     empty = None
@@ -230,7 +230,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     top_p: keeps the fewest most likely tokens that together reach p (Holtzman et al. 2020, arXiv:1904.09751).
     min_p: keeps tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
     """
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # which is 0 no more in float32
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # smaller values underflow to 0
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: a low temperature can't overflow
     if top_k and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, [-1]], -math.inf)
@@ -238,7 +238,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         cut = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before already reach p
-        cut[:, 0] = False  # though a tiny p is 0 in float32
+        cut[:, 0] = False  # always keep the most likely: a tiny top_p underflows to 0
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(cut, 0))
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)

@@ -1,5 +1,5 @@
 """
-What parameters and tokens buy: L = E + A/N^alpha + B/D^beta, in nats per token.
+The loss that parameters and tokens give: L = E + A/N^alpha + B/D^beta, in nats per token.
 
 N is the number of parameters, embeddings included, D that of training tokens, and C = 6ND their compute in FLOPs.
 Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556; the law is section 3.3's.
@@ -17,7 +17,7 @@ from data.errors import UserError
 
 @dataclass
 class Law:
-    """The five numbers, each a float or a float64 tensor of one shape, a law at each place."""
+    """The five numbers, each a float or a float64 tensor of one shape, tensors hold a batch of laws."""
     E: float  # the loss that no model and no data gets below
     A: float
     alpha: float

@@ -37,7 +37,7 @@ class Log:
         if self.held is not None:
             self.held.append(entry)
             return
-        entry = finite(entry)
+        entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has no NaN and no infinity
         data = json.dumps(entry).encode() + b'\n'
         try:
             if not self.file or not self.is_in_place():
@@ -80,15 +80,6 @@ class Log:
         self.close_file()
         for tracker in self.trackers:
             tracker.close()
-
-
-def finite(x):
-    """x with None for NaN and infinity, which JSON has no words for."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def step_line(entry, max_iters, left, note=''):

@@ -40,7 +40,7 @@ def replace_linears(model, kind, function):
 
 def add(model, rank, alpha=0.0):
     """Freeze a GPT and give the matrices of its attention and MLPs adapters. alpha 0: 2 * rank. Returns the model,
-    as it was for rank 0."""
+    unchanged if rank is 0."""
     if not rank:
         return model
     alpha = float(alpha or 2 * rank)

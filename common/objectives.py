@@ -50,7 +50,7 @@ class Objective:
         return mask_tokens(x, y, self.vocab_size, generator) if self.mlm else (x, y)
 
     def mask(self, x):
-        """Which tokens attend to which, for GPT.forward, of x (B, T) int64; None: to all that precede them."""
+        """Which tokens attend to which, for GPT.forward, of x (B, T) int64; None: the model's default."""
         return self.documents and document_mask(x, self.documents.eot, self.create_mask)
 
     def __call__(self, model, x, y):

@@ -57,14 +57,14 @@ def step(optimizers, skip=None):
             if not skip:  # waits for the device
                 optimizer.step()
         else:
-            optimizer.found_inf = None if skip is None else skip.float()  # as torch.amp.GradScaler says it
+            optimizer.found_inf = None if skip is None else skip.float()  # the attribute that torch.amp.GradScaler sets
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
 class SkipRule:
-    """Which steps are skipped: those whose loss or gradient norm is not finite, and, unless skip_spikes is 0, those of
-    which one exceeds mean + skip_spikes * standard deviations of the last 100 good steps. Decided on the device.
+    """Which steps are skipped: those whose loss or gradient norm is not finite, and, unless skip_spikes is 0, those
+    where either exceeds mean + skip_spikes * standard deviations of the last 100 good steps. Decided on the device.
 
     state: what state_dict gave to a checkpoint; anything that it lacks starts empty.
     """

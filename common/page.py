@@ -11,23 +11,24 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common import files
 from data.errors import UserError
 from data.tokenizer import merges
 
-# the GPTConfig fields that page.html computes with, and the values it knows where they are words
+# the GPTConfig fields that page.html computes with, and the values of those that are strings
 FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'head_size', 'n_embd', 'n_mlp', 'mlp', 'norm',
           'norm_eps', 'qk_norm', 'position', 'embedding_norm', 'tie_embeddings', 'softcap')
-# those that need nothing of it: they change training only, or the tensors and RoPE's frequencies that it is given
+# those that it can ignore: they change training only, or the tensors and RoPE's frequencies that it is given
 GIVEN = ('dropout', 'zero_init', 'bias', 'norm_gain', 'rope_theta', 'rope_type', 'rope_factor', 'rope_original_context',
          'rope_low_freq_factor', 'rope_high_freq_factor', 'rope_attention_factor')
 VALUES = dict(position=('learned', 'rope'), norm=('layernorm', 'rmsnorm'), mlp=('gelu', 'relu2', 'swiglu'))
 
-# GPT-2's, as tiktoken has it; White_Space because JavaScript's \s is another set of characters
-GPT2_SPLIT = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
-              r'|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+')
+# {tokenizer: the pattern that splits a text, as tiktoken has it}; White_Space because JavaScript's \s is another set of
+# characters
+SPLITS = {'bytes': None,
+          'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
+                  r'|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+'}
 
 
 def write(path, model, tokenizer, dtype='int8'):
@@ -96,30 +97,14 @@ def stored(model, dtype):
     return arrays
 
 
-@torch.no_grad()
-def load_stored(model, dtype):
-    """Give a GPT the weights that its page has: those of `stored` in float32. In place; returns the model."""
-    arrays = stored(model, dtype)
-    for name, p in model.named_parameters():
-        w = torch.from_numpy(arrays[name].astype('float32'))
-        if f'{name}.scale' in arrays:
-            w *= torch.from_numpy(arrays[f'{name}.scale'])[:, None]
-        p[:len(w)] = w
-    return model
-
-
 def tables(tokenizer):
     """What page.html's Tokenizer takes: the 256 single bytes in the order of their ids, pairs of ids that make each
     later token (uint32), the pattern that splits a text (None: it is one piece), and the end-of-text id.
     A byte-level tokenizer of another kind needs a line here."""
-    if tokenizer.name == 'bytes':
-        ranks, split = {bytes([i]): i for i in range(256)}, None
-    elif tokenizer.name == 'gpt2':
-        ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
-        split = GPT2_SPLIT
-    else:
-        raise UserError(f'the page has no tokenizer {tokenizer.name}, only bytes and gpt2')
+    if tokenizer.name not in SPLITS:
+        raise UserError(f'the page has no tokenizer {tokenizer.name}, only {" and ".join(SPLITS)}')
+    ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}
     single = sorted((token for token in ranks if len(token) == 1), key=ranks.get)
     pairs = np.array([[ranks[part] for part in pair] for pair in merges(ranks)], np.uint32)
     return {'name': tokenizer.name, 'bytes': base64.b64encode(b''.join(single)).decode(),
-            'merges': base64.b64encode(pairs.tobytes()).decode(), 'split': split, 'eot': tokenizer.eot}
+            'merges': base64.b64encode(pairs.tobytes()).decode(), 'split': SPLITS[tokenizer.name], 'eot': tokenizer.eot}

@@ -76,7 +76,7 @@ RULES = [too_short, few_unique_words, repeated_phrase, mostly_symbols, boilerpla
 
 
 def clean(texts):
-    """(the texts that are kept, normalised; {rule: how many it dropped, the first that applies counting})"""
+    """(the texts that are kept, normalised; {rule: how many it dropped, as the first that applies})"""
     kept, dropped = [], dict.fromkeys((rule.__name__ for rule in RULES), 0)
     for text in map(normalise, texts):
         words = text.lower().split()

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.chatml import chat_tokenizer, encode
 from data.errors import UserError
-from data.files import READERS, Bad, find_files, read, read_json
+from data.files import READERS, Bad, find_files, read_json
 from data.prepare import prepare
 from data.tokenizer import CHATML, get_tokenizer
 
@@ -24,26 +24,9 @@ ROLES = {'system': 'system', 'user': 'user', 'assistant': 'assistant',
 # -----------------------------------------------------------------------------
 # from files
 
-def conversations(paths):
-    """
-    Yield the messages of each line of jsonl files (glob patterns with commas between, or a list; also .gz and .zst):
-
-        {"messages": [{"role": "user", "content": "Hi"}, …]}
-        {"conversations": …}    the same; MiniMind's, or sharegpt's with from and value, human and gpt
-        {"prompt": "Hi", "completion": "Hello"}
-
-    Raises UserError with file and line for anything else.
-    """
-    for path in json_files(paths):
-        for line, messages in read(path, to_messages, ''):
-            if isinstance(messages, Bad):
-                raise UserError(f'{path}:{line}: {messages}')
-            yield messages
-
-
-def json_files(paths):
-    """The json and jsonl files that glob patterns name, commas between or in a list. Raises UserError for others."""
-    files = find_files(paths if isinstance(paths, str) else ','.join(map(str, paths)), 'input')
+def json_files(paths, setting='input'):
+    """The json and jsonl files that comma-separated glob patterns name. Raises UserError for others."""
+    files = find_files(paths, setting)
     for path in files:
         end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
         if READERS.get(end) is not read_json:
@@ -52,7 +35,13 @@ def json_files(paths):
 
 
 def to_messages(row):
-    """The messages of a line's object, or Bad."""
+    """
+    The messages of a line's object, Bad if it is none of these:
+
+        {"messages": [{"role": "user", "content": "Hi"}, …]}
+        {"conversations": …}    the same; MiniMind's, or sharegpt's with from and value, human and gpt
+        {"prompt": "Hi", "completion": "Hello"}
+    """
     row = row if isinstance(row, dict) else {}
     found = row.get('messages', row.get('conversations'))
     if found is None and 'prompt' in row and 'completion' in row:
@@ -87,8 +76,8 @@ def prepare_conversations(out_dir, train, val, tokenizer, block_size, **options)
     meta = prepare(out_dir, train, val, spec, settings=settings, encode=work, **options)
     counts, total = meta['documents'], sum(meta['tokens'].values())
     print(f'{counts["in"]:,} conversations in blocks of {block_size} tokens: {counts["scored"] / total:.1%} of the '
-          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer than '
-          f'a block are cut, {counts["no_answer"]:,} without an answer are dropped')
+          f'tokens are scored, {counts["padding"] / total:.1%} are padding; {counts["cut"]:,} conversations longer '
+          f'than a block are cut, {counts["no_answer"]:,} without an answer are dropped')
     return meta
 
 
@@ -120,13 +109,13 @@ def pack(texts, tokenizer, block_size):
 
 def best_fit(lengths, size):
     """Lists of indices of lengths that sum to at most `size`, by best-fit decreasing."""
-    groups, rooms = [], []  # rooms: (room left, group), sorted
+    groups, bins = [], []  # bins: (free, group), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect.bisect_left(rooms, (lengths[i],))
-        if at == len(rooms):
-            rooms.append((size, len(groups)))
+        at = bisect.bisect_left(bins, (lengths[i],))
+        if at == len(bins):
+            bins.append((size, len(groups)))
             groups.append([])
-        room, group = rooms.pop(at)
+        free, group = bins.pop(at)
         groups[group].append(i)
-        bisect.insort(rooms, (room - lengths[i], group))
+        bisect.insort(bins, (free - lengths[i], group))
     return sorted(sorted(group) for group in groups)  # in the order of the conversations, whatever their lengths

@@ -252,7 +252,7 @@ def list_shards(folder, meta, split):
                       key=lambda shard: shard.path)
     found = {split: next(filter(None, (sorted(folder.glob(pattern)) for pattern in FOREIGN[split])), [])
              for split in FOREIGN}
-    return [foreign_shard(path) for path in found[split]] if any(found.values()) else no_dataset(folder)
+    return [foreign_shard(path) for path in found.get(split, [])] if any(found.values()) else no_dataset(folder)
 
 
 def foreign_shard(path):
@@ -345,7 +345,7 @@ def verify(dataset):
             failed += 1
     if failed:
         raise UserError(f'{failed} of {len(shards)} shards are damaged')
-    print(f'all {len(shards)} shards are whole' + ('' if meta.shards else ', as far as headers and ids can tell'))
+    print(f'all {len(shards)} shards are intact' + ('' if meta.shards else ', as far as headers and ids can tell'))
 
 
 if __name__ == '__main__':

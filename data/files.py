@@ -41,7 +41,7 @@ def find_files(patterns, setting='data_files'):
 def corpus_of_files(files, text_key, txt_split, skip_bad):
     """The corpus (see data/prepare.py) of all documents in `files`, one file after the other."""
     if txt_split not in ('file', 'line', 'blank'):
-        raise UserError(f"txt_split='{txt_split}': there are file, line and blank")
+        raise UserError(f'txt_split={txt_split} is not one of file, line, blank')
 
     def corpus(state):
         return in_batches(documents(*position(state, 'file', 'document')))
@@ -99,14 +99,13 @@ def read_csv(file, text_key, _):
 
 
 def read_parquet(file, text_key, _):
-    table, row = pyarrow.parquet.ParquetFile(file), 0
+    table = pyarrow.parquet.ParquetFile(file)
     if text_key not in table.schema_arrow.names:
         yield 1, field(dict.fromkeys(table.schema_arrow.names), text_key)
         return
-    for batch in table.iter_batches(256, columns=[text_key]):
-        for text in batch[0].to_pylist():
-            row += 1
-            yield row, field({text_key: text}, text_key)
+    batches = (batch.to_pylist() for batch in table.iter_batches(256, columns=[text_key]))
+    for number, row in enumerate(itertools.chain.from_iterable(batches), 1):
+        yield number, field(row, text_key)
 
 
 def read_text(file, _, txt_split):

@@ -15,16 +15,16 @@ from data.files import Bad, read
 from data.loader import permute, stream_keys
 
 
-def read_pairs(paths, tokenizer, block_size):
+def read_pairs(paths, tokenizer, block_size, setting='pairs'):
     """
     (pairs, the number of those left out) of jsonl files (glob patterns with commas between). A pair is two
     conversations, the better one first, each (ids, scored) as of conversation.encode. One with more than block_size + 1
-    ids, or with two equal answers, is left out.
+    ids, or with two equal answers, is left out. setting: what an error calls paths.
 
     Raises UserError with file and line for a line that holds no pair, and if there is none.
     """
     pairs, left_out = [], 0
-    for path in json_files(paths):
+    for path in json_files(paths, setting):
         for line, pair in read(path, to_pair, ''):
             if isinstance(pair, Bad):
                 raise UserError(f'{path}:{line}: {pair}')

@@ -50,10 +50,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
 
     Returns what meta.json holds. Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
-    if shard_size < 1 or max_tokens < 0 or num_proc < 0:
-        raise UserError('shard_size must be at least 1, max_tokens and num_proc at least 0')
     if dedup not in ('', *cleaning.KEYS):
-        raise UserError(f"no dedup is called '{dedup}': there are {' and '.join(cleaning.KEYS)}")
+        raise UserError(f'dedup={dedup} is not one of {", ".join(cleaning.KEYS)}')
     if not str(out_dir):
         raise UserError('out_dir is empty: name the folder to write to')
     tokenizer = get_tokenizer(tokenizer)
@@ -355,19 +353,14 @@ def report(out_dir, meta, val_from):
     print(f'{out_dir}: {train:,} tokens to train on, {val:,} for validation '
           f'({val / (train + val):.1%}, {val_from}), by the tokenizer {settings["tokenizer"]}')
     if settings['clean'] or settings['dedup'] or counts.get('unreadable'):
-        print(table(counts))
+        dropped = dropped_by(counts)
+        rows = {'documents in': counts['in'], **dropped, 'documents out': counts['in'] - sum(dropped.values())}
+        print('\n'.join(f'{n:>14,}  {name}' for name, n in rows.items()))
 
 
 def dropped_by(counts):
     """{rule: documents}; data/conversation.py counts more than documents."""
     return {rule: n for rule, n in counts.items() if rule not in ('in', 'cut', 'scored', 'padding')}
-
-
-def table(counts):
-    """Documents in, dropped by each rule, out: as lines."""
-    dropped = dropped_by(counts)
-    rows = [('documents in', counts['in']), *dropped.items(), ('documents out', counts['in'] - sum(dropped.values()))]
-    return '\n'.join(f'{n:>14,}  {name}' for name, n in rows)
 
 
 def describe(counts):

@@ -15,12 +15,12 @@ Another tokenizer is a class with Tokenizer's members and a row in TOKENIZERS.
 """
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import pickle
-import pickletools
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +214,12 @@ class Characters(TokenizerJSON):
     Raises ValueError if it is damaged."""
 
     def __init__(self, content):
-        meta = load_plain_pickle(content)
+        try:
+            meta = PlainUnpickler(io.BytesIO(content)).load()
+        except UserError as error:  # of find_class
+            raise ValueError(error) from None
+        except Exception as error:  # of damaged bytes: many kinds
+            raise ValueError(f'it is damaged ({type(error).__name__}: {error})') from None
         itos = meta.get('itos') if isinstance(meta, dict) else None
         if not (isinstance(itos, dict) and itos and set(itos) == set(range(len(itos)))
                 and all(isinstance(char, str) and len(char) == 1 for char in itos.values())):
@@ -390,26 +395,12 @@ def smallest_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-PLAIN = set('''PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET
-    BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE'''.split())  # pickle's operations that make plain values
+class PlainUnpickler(pickle._Unpickler):  # the one in C would allocate as many memo entries as a damaged file names
+    """Loads dictionaries, lists, strings and numbers alone, so that nothing in a file is run."""
 
-
-def load_plain_pickle(content):
-    """The dictionaries, lists, strings and numbers in a pickle. Raises ValueError, before anything is made of it, if it
-    holds something else: nothing in it is run."""
-    try:
-        for operation, argument, _ in pickletools.genops(content):
-            if operation.name not in PLAIN:
-                raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, '
-                                f'since that could run code ({operation.name})')
-            if operation.name.endswith('PUT') and argument > len(content):  # takes memory for as many entries
-                raise ValueError('it refers to what is not there')
-        return pickle.loads(content)
-    except UserError as error:
-        raise ValueError(error) from None
-    except Exception as error:  # of damaged bytes: many kinds
-        raise ValueError(f'it is damaged ({type(error).__name__}: {error})') from None
+    def find_class(self, module, name):
+        raise UserError('it holds more than dictionaries, lists, strings and numbers, which is not loaded, since that '
+                        f'could run code ({module}.{name})')
 
 # -----------------------------------------------------------------------------
 # transformers' files
@@ -427,9 +418,7 @@ def tokenizer_files(tokenizer, block_size):
     if tokenizer.name not in TOKENIZERS:
         raise UserError(f'the tokenizer {tokenizer.name} has no tokenizer.json here')
     from tokenizers import Tokenizer as Library, decoders, models, pre_tokenizers
-    ranks = {bytes([i]): i for i in range(256)}
-    if tokenizer.name == 'gpt2':
-        ranks = {token: tokenizer.bpe.encode_single_token(token) for token in tokenizer.bpe.token_byte_values()}
+    ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}  # the last id is the end of a text
     vocab = {printable(token): i for token, i in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
     new = Library(models.BPE(vocab, [(printable(a), printable(b)) for a, b in merges(ranks)]))
     new.pre_tokenizer, new.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

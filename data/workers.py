@@ -55,13 +55,13 @@ def workers(num_proc, work, processes):
 
 @contextlib.contextmanager
 def no_sigint():
-    """Processes started in here never get Ctrl-C, which a terminal sends to all: this one answers for them."""
+    """Processes started in here never get Ctrl-C, which a terminal sends to all: this process handles it for them."""
     if not hasattr(signal, 'pthread_sigmask'):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # else the first process starts it, which unblocks the signal
     missed, in_main = [], threading.current_thread() is threading.main_thread()
-    if in_main:  # another thread may receive it meanwhile, and half a start would print a traceback
+    if in_main:  # another thread may receive it meanwhile, and an interrupt during start-up would print a traceback
         handler = signal.signal(signal.SIGINT, lambda *_: missed.append(True))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

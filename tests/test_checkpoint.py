@@ -286,7 +286,7 @@ def test_restored_optimizers_have_the_saved_state_and_this_run_s_hyperparameters
     saved = checkpoint.load(tmp_path / 'ckpt.pt', resume=True)
     again = checkpoint.model_from(saved)
     new = configure_optimizers(again, optimizer, 1e-3, 0.3, (0.8, 0.95))
-    checkpoint.restore_optimizers(again, new, saved['optimizer'])
+    distributed.restore_optimizers(again, new, saved['optimizer'])
     for opt in new:
         assert opt.param_groups[0]['weight_decay'] == 0.3
         assert opt.param_groups[0].get('betas', (0.8, 0.95)) == (0.8, 0.95)
@@ -342,7 +342,7 @@ def use(path):
         checkpoint.compare_settings(saved, path, SETTINGS, {})
         model = checkpoint.model_from(saved)
         optimizers = configure_optimizers(model, saved['config'].get('optimizer', 'adamw'), 1e-3, 0.1, (0.9, 0.95))
-        checkpoint.restore_optimizers(model, optimizers, saved['optimizer'])
+        distributed.restore_optimizers(model, optimizers, saved['optimizer'])
         checkpoint.set_random_state(saved['random'][0], 'cpu') if saved['random'] else None
         for opt in optimizers:
             opt.step()

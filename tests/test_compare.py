@@ -118,10 +118,11 @@ def test_a_learning_rate_that_is_worse_is_found_and_a_stop_costs_no_run(dataset,
     ('tiny.py tiny.py', 'both .* are called tiny'),
     ('tiny.py other.py --seeds=4', 'seeds=4 is not one of 3, 5, 10, 20'),
     ('tiny.py other.py --seed=4', 'each run gets a seed'), ('tiny.py other.py --jobs=0', 'jobs=0'),
+    ('tiny.py other.py --out_dir=/proc/nope', 'out_dir=/proc/nope cannot be written: No such file'),
     ('tiny.py gone.py', 'gone.py: no such file'), ('tiny.py gpt2', 'expected a settings'),
     ('tiny.py other.py --learning_rat=1', 'did you mean learning_rate'),
     ('tiny.py other.py', r'tiny-seed1 has a run with n_layer=3, not 2: choose another --out_dir'),
-    ('tiny.py other.py --n_layer=3', r'tiny-seed1 has diverged: its final validation loss is nan'),
+    ('tiny.py other.py --n_layer=3', r'tiny-seed1 has diverged: its final validation loss is not finite'),
     ('other.py tiny.py --n_head=4', r'other-seed1: no dataset in /nowhere'),
 ])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, forked, args, words):
@@ -133,7 +134,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, forked, args, words):
         folder = tmp_path / 'out-compare' / 'tiny-seed1'
         folder.mkdir(parents=True)
         (folder / 'log.jsonl').write_text(json.dumps({'step': 0, 'config': config}) + '\n'
-                                          + json.dumps({'step': config['max_iters'], 'val_loss': math.nan}) + '\n')
+                                          + json.dumps({'step': config['max_iters'], 'val_loss': None}) + '\n')
     monkeypatch.setattr(sys, 'argv', ['compare.py', *args.split()])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     with pytest.raises(UserError, match=words) as error:

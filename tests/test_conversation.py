@@ -7,8 +7,9 @@ import pytest
 import transformers
 from conftest import needs_gpt2
 
-from data.conversation import chat_tokenizer, conversations, encode
+from data.conversation import chat_tokenizer, encode, json_files, to_messages
 from data.errors import UserError
+from data.files import corpus_of_files
 from data.tokenizer import from_record, get_tokenizer, keep_files, to_record, tokenizer_files, tokenizer_name
 from train_tokenizer import train
 
@@ -18,6 +19,10 @@ TALK = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 
 FORMS = [{'messages': TALK}, {'conversations': [{**message, 'extra': 1} for message in TALK]},
          {'conversations': [{'from': {'user': 'human', 'assistant': 'gpt'}.get(message['role'], message['role']),
                              'value': message['content']} for message in TALK]}]
+
+
+def conversations(paths):
+    return [talk for talks, _ in corpus_of_files(json_files(paths), to_messages, 'file', False)(None) for talk in talks]
 
 
 def write_jsonl(path, rows):
@@ -33,7 +38,7 @@ def test_the_common_forms(tmp_path):
     found = [*conversations(f'{tmp_path}/*')]
     assert found[:3] == [TALK] * 3
     assert found[3:] == [[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]]
-    assert [*conversations([tmp_path / 'b.jsonl.gz'])] == found[3:]
+    assert [*conversations(f'{tmp_path}/b.jsonl.gz')] == found[3:]
 
 
 @pytest.mark.parametrize('line, words', [

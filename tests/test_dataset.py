@@ -128,6 +128,8 @@ def test_other_peoples_shards(tmp_path, splits, kind):
     for split in splits:
         check_reads(Split(str(tmp_path), split), ids(3000, len(split)))
     assert Split(str(tmp_path), 'val').tokenizer == 'gpt2'
+    with pytest.raises(UserError, match='has no test split'):
+        Split(str(tmp_path), 'test')
 
 
 @needs_gpt2
@@ -354,7 +356,7 @@ def test_the_command_that_verifies(tmp_path):
 def test_verify(tmp_path, verify):
     write_dataset(tmp_path, train=ids(2000), val=ids(800))
     result = verify(tmp_path)
-    assert (result.returncode, result.stderr) == (0, '') and 'all 5 shards are whole' in result.stdout
+    assert (result.returncode, result.stderr) == (0, '') and 'all 5 shards are intact' in result.stdout
     flip(tmp_path / SHARD)
     (tmp_path / 'val_000001.npy').unlink()
     Split(str(tmp_path), 'train')       # finds nothing

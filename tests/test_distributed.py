@@ -155,6 +155,22 @@ def test_a_process_that_never_joins_is_named(missing):
     assert {str(result) for result in results} == {f'{names} of 4 processes did not join within 2 s (dist_timeout)'}
 
 
+def fetch(folder):
+    distributed.local_rank = distributed.rank % 2  # two machines of two processes
+
+    def found():
+        names = sorted(path.name for path in folder.iterdir())
+        (folder / str(distributed.rank)).touch()
+        return names
+    return distributed.first_then_all(found)
+
+
+def test_one_process_of_each_machine_fetches_for_all(tmp_path):
+    first, *others = on_processes(4, fetch, tmp_path)
+    assert set(first) | set(others[1]) <= {'0', '2'}
+    assert {'0', '2'} <= set(others[0]) and {'0', '2'} <= set(others[2])
+
+
 def die_unless_asleep(victim):
     if distributed.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -231,10 +247,10 @@ def test_a_second_signal_ends_at_once_but_not_torchruns_copy(monkeypatch):
     raised = []
     monkeypatch.setattr(signal, 'raise_signal', raised.append)
     monkeypatch.setattr(signal, 'signal', lambda number, handler: raised.append(handler))
-    assert not distributed.stop_requested()
+    assert not distributed.stop_signal
     distributed.request_stop(signal.SIGINT, None)
     distributed.request_stop(signal.SIGTERM, None)  # within two seconds
-    assert distributed.stop_requested() == signal.SIGINT and raised == []
+    assert distributed.stop_signal == signal.SIGINT and raised == []
     monkeypatch.setattr(distributed, 'stop_time', time.monotonic() - 3)
     distributed.request_stop(signal.SIGINT, None)
     assert raised == [signal.SIG_DFL, signal.SIGINT]

@@ -173,8 +173,10 @@ def test_what_makes_no_run_is_refused_and_leaves_nothing(dpo, tmp_path, monkeypa
     torch.save(base | {'model_args': base['model_args'] | {'causal': False}}, tmp_path / 'masks.pt')
     for args, line in ((['--pairs='], 'pairs and val_pairs each name'), (['--beta=0.0'], 'beta=0.0'), (['--loss=kto'], 'dpo, ipo'),
                        ([f'--init_from={tmp_path}/text.pt'], 'bytes has no chat template'), (['--init_from=resume'], 'no checkpoint'),
-                       ([f'--init_from={tmp_path}/masks.pt'], 'fills masks'), (['--optimizer=muon', '--lora_rank=2'], 'muon'),
-                       ([f'--pairs={tmp_path}/none.jsonl'], 'none.jsonl'), (['--parallel=zero1'], 'torchrun')):
+                       ([f'--init_from={tmp_path}/masks.pt'], 'masked language model'), (['--optimizer=muon', '--lora_rank=2'], 'muon'),
+                       ([f'--pairs={tmp_path}/none.jsonl'], '^pairs: no file .*none.jsonl'),
+                       ([f'--val_pairs={tmp_path}/none.jsonl'], '^val_pairs: no file .*none.jsonl'),
+                       (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps=0'), (['--parallel=zero1'], 'torchrun')):
         with pytest.raises(UserError, match=line):
             dpo('out', *args)
     monkeypatch.setattr(distributed, 'world_size', 3)

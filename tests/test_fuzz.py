@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import prepare as engine
 from data.chatml import chat_tokenizer, encode
-from data.conversation import conversations, prepare_conversations
+from data.conversation import prepare_conversations, to_messages
 from data.dataset import Split, verify
 from data.errors import UserError
 from data.files import corpus_of_files
@@ -151,7 +151,7 @@ def read_chat(path):
 
 
 def read_conversations(path):
-    for messages in conversations(str(path)):
+    for messages in (talk for talks, _ in corpus_of_files([str(path)], to_messages, 'file', False)(None) for talk in talks):
         ids, scored = encode(messages, chat_tokenizer('bytes'))
         assert len(ids) == len(scored) and ids.max() < 259
 

@@ -211,6 +211,7 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
             hellaswag.load_items(tmp_path / name)
     for arguments, words in (([f'--data={tmp_path}/good', f'--out_dir={tmp_path}'], 'no checkpoint'),
                              ([f'--out={tmp_path}/no/results.jsonl'], 'no such folder'),
+                             (['--out=/proc/1/results.jsonl'], '/proc/1 is not writable'),
                              ([f'--out={tmp_path}/good'], 'it exists')):
         done = run('hellaswag.py', *arguments, expect=1)
         assert words in done.err and done.err.count('\n') == 1 and done.out == ''

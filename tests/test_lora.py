@@ -76,6 +76,16 @@ def test_a_finetuning_run_changes_the_adapters_alone(dataset, tmp_path):
     torch.testing.assert_close(GPT.from_pretrained(str(tmp_path / 'folder'))(x, x)[0], model(x, x)[0])
 
 
+def test_a_longer_context_is_frozen_too(dataset, tmp_path):
+    write_base(tmp_path / 'base.pt', block_size=24)  # learned positions, interpolated
+    settings = ['--lora_rank=4', '--learning_rate=3e-2', '--max_iters=4', '--eval_interval=2', '--keep_checkpoints=2']
+    run_here(*tiny(dataset, tmp_path / 'one', *settings, f'--init_from={tmp_path}/base.pt'))
+    run_here(*tiny(dataset, tmp_path / 'cut', *settings, f'--init_from=resume:{tmp_path}/one/ckpt_000002.pt'))
+    one, half, cut = (checkpoint.load(tmp_path / name)['model'] for name in ('one/ckpt.pt', 'one/ckpt_000002.pt', 'cut/ckpt.pt'))
+    assert all(torch.equal(one[name], w) for name, w in cut.items())
+    assert torch.equal(one['transformer.wpe.weight'], half['transformer.wpe.weight'])
+
+
 @pytest.mark.parametrize('layout', ['ddp', 'fsdp'])
 def test_adapters_train_on_two_processes_compiled(dataset, tmp_path, traced, layout):
     write_base(tmp_path / 'base.pt', n_layer=1)

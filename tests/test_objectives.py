@@ -51,7 +51,7 @@ def step_gradient(rank, processes):
         loss = objectives.weighted(train_model(x, y, return_logits=False)[1], weights[i]) / len(batches)
         loss.backward()
         total += loss.item()
-    return distributed.all_sum(total / processes, device='cpu')[0], model.transformer.h[0].mlp.c_fc.weight.grad.tolist()
+    return distributed.sum_over_ranks(total / processes, device='cpu').item(), model.transformer.h[0].mlp.c_fc.weight.grad.tolist()
 
 
 def step_gradient_of_this_process():
@@ -194,7 +194,7 @@ def test_a_masked_model_attends_both_ways_and_a_causal_one_does_not():
     attention = model.transformer.h[0].attn
     ours = attention(model.transformer.ln_f(x[..., None] * torch.ones(16)))
     torch.testing.assert_close(ours, attention.c_proj(by_hand.transpose(1, 2).reshape(1, 16, 16)))
-    with pytest.raises(ValueError, match='continues no text'):
+    with pytest.raises(ValueError, match='generates no text'):
         model.generate(x, 1)
     model.config.causal = True
     assert torch.equal(model.hidden(x)[0, 0], model.hidden(other)[0, 0])

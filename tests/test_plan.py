@@ -54,6 +54,11 @@ def test_the_peak_of_a_device_without_a_row_is_measured(monkeypatch, name):
     assert device.peak_flops('bfloat16', 'cpu') not in {flops for flops, _ in device.GPUS.values()}
 
 
+def test_a_step_that_cannot_be_divided_is_another_one_and_the_plan_says_so():
+    out = plan('--batch_size=48', '--gpus=7')
+    assert 'steps of 688,128' in out and '(total_batch_size=688128 instead of 524288, which is not a multiple of' in out
+
+
 def test_the_laws_say_what_their_papers_say():
     chinchilla, _ = predicted_loss(70e9, 70e9, 1.4e12)  # Chinchilla itself: Hoffmann et al., figure 4 and table A9
     assert chinchilla == pytest.approx(1.94, abs=0.01)

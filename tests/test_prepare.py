@@ -97,7 +97,7 @@ def test_meta_says_what_is_there(tmp_path):
     assert {path.name for path in (tmp_path / 'out').iterdir()} == \
         {'meta.json', *(shard['file'] for shard in meta['shards'])}
     checked = run('data/dataset.py', tmp_path / 'out', PYTHONPATH=str(ROOT))
-    assert 'whole' in checked.out
+    assert 'intact' in checked.out
 
 
 def test_small_text_gives_a_tenth_to_validation_and_max_tokens_is_exact(tmp_path):
@@ -563,7 +563,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'try' in complaint(tmp_path / 'out', f'--data_files={tmp_path}')
     assert 'gpt2 and bytes' in complaint(tmp_path / 'out', own, tokenizer='gpt5')
     assert 'shard_size' in complaint(tmp_path / 'out', own, '--shard_size=0')
-    assert 'exact and minhash' in complaint(tmp_path / 'out', own, '--dedup=all')
+    assert 'not one of exact, minhash' in complaint(tmp_path / 'out', own, '--dedup=all')
     assert 'file, line and blank' in complaint(tmp_path / 'out', own, '--txt_split=word')
     assert 'cannot be loaded' in complaint(tmp_path / 'out', '--dataset=no/such')
     (tmp_path / 'empty.jsonl').touch()

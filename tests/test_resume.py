@@ -135,6 +135,19 @@ def test_the_best_and_the_last_checkpoints_are_kept(dataset, tmp_path):
     assert read(tmp_path, 'ckpt_best.pt')['iter_num'] == best and read(tmp_path)['iter_num'] == 40
 
 
+@pytest.mark.parametrize('settings', [[], ['--always_save_checkpoint=False']], ids=['always', 'best'])
+def test_going_back_archives_what_came_later(dataset, tmp_path, settings):
+    """Whole, though the evaluation before the first step is the best so far; out_dir may be spelled otherwise."""
+    args = ['--eval_interval=5', '--keep_checkpoints=9', '--learning_rate=3.0', '--warmup_iters=40', '--min_lr=0.0']
+    run(*tiny(dataset, tmp_path, *args))
+    best = read(tmp_path, 'ckpt_best.pt')['iter_num']
+    assert best < 15  # it gets worse
+    run(*tiny(dataset, tmp_path, *args, *settings, f'--init_from=resume:{tmp_path}/./ckpt_{best:06d}.pt', '--max_iters=15'))
+    found = {path.name: read(tmp_path, path.name)['iter_num'] for path in tmp_path.glob('*ckpt*.pt')}
+    assert (found['1.ckpt.pt'], found['1.ckpt_best.pt'], found['ckpt_best.pt']) == (20, best, best)
+    assert found.get('ckpt.pt', 15) == 15 and f'ckpt_{best:06d}.pt' in found and f'1.ckpt_{best:06d}.pt' not in found
+
+
 def test_what_a_kill_leaves_is_no_kept_checkpoint_under_another_name(tmp_path):
     """The kept ones are links to the file that is written aside: a killed run may leave that link, too."""
     write = functools.partial(checkpoint.write, out_dir=tmp_path, keep=2)

@@ -199,6 +199,7 @@ def test_plain_errors(out_dir, tmp_path):
         (['--prompts=nowhere.txt'], 'cannot read the prompt nowhere.txt'),
         (['--prompts=x.txt', '--interactive'], 'give only one of them'),
         (['--prompts=/dev/null'], '/dev/null holds no prompt'),
+        (['--interactive', '--num_samples=2'], 'interactive draws one sample a prompt'),
         (['--out_dir=nowhere'], 'nowhere/ckpt.pt'),
     ]
     for process, (args, words) in zip([start('sample.py', *args) for args, _ in wrong], wrong):  # side by side

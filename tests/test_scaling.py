@@ -140,7 +140,8 @@ def test_a_grid_is_trained_once(dataset, tmp_path, command):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--runs=nothing-*'], 'at least 8 runs'),
+    (['--runs=~/nothing-*'], 'runs=~/nothing-.* names no folder'),
+    (['--out_dir=/proc/nope'], 'out_dir=/proc/nope cannot be written: No such file'),
     (['--sizes=4by128'], '4by128 is not layers x channels'),
     (['--sizes=4x100'], 'no multiple of grid_head_size'),
     (['--steps=many'], 'steps=many is not a comma-separated list'),
@@ -161,6 +162,10 @@ def test_runs_that_are_on_no_curve_are_named(tmp_path, command):
     write_runs(tmp_path, init_from='gpt2')
     with pytest.raises(UserError, match='started from gpt2'):
         command('scaling.py', f'--runs={tmp_path}/out-*', '--picture=', f'--out_dir={tmp_path}/fit')
+    path = next(tmp_path.glob('out-*/log.jsonl'))
+    path.write_text(path.read_text().replace('gpt2', 'auto') + '\n' + json.dumps({'step': 100, 'val_loss': None}))
+    with pytest.raises(UserError, match='has diverged: its final validation loss is not finite'):
+        command('scaling.py', f'--runs={path.parent}', '--picture=', f'--out_dir={tmp_path}/fit')
 
 
 def test_a_budget_plans_no_run_and_says_what_it_would_ignore(tmp_path, command):
