@@ -564,7 +564,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'gpt2 and bytes' in complaint(tmp_path / 'out', own, tokenizer='gpt5')
     assert 'shard_size' in complaint(tmp_path / 'out', own, '--shard_size=0')
     assert 'not one of exact, minhash' in complaint(tmp_path / 'out', own, '--dedup=all')
-    assert 'file, line and blank' in complaint(tmp_path / 'out', own, '--txt_split=word')
+    assert 'not one of file, line, blank' in complaint(tmp_path / 'out', own, '--txt_split=word')
     assert 'cannot be loaded' in complaint(tmp_path / 'out', '--dataset=no/such')
     (tmp_path / 'empty.jsonl').touch()
     assert 'too little text' in complaint(tmp_path / 'out', f'--data_files={tmp_path}/empty.jsonl')
