@@ -152,7 +152,8 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
             sums.scatter_add_(1, segments.cpu(), token_losses.cpu().double())
             losses[share] = sums[:len(share), 1:5]
             bar.update(len(group))
-    losses = distributed.all_reduce_tensor(losses.to(device)).cpu()  # zeros where other processes have losses
+    if world_size > 1:
+        losses = distributed.all_reduce_tensor(losses.to(device)).cpu()  # zeros where other processes have losses
     lengths = torch.tensor([np.bincount(row[3], minlength=5)[1:].tolist() for row in rows])
     result = {'losses': losses, 'lengths': lengths}
     for name, score in ('acc', losses), ('acc_norm', losses / lengths):

@@ -185,9 +185,11 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, T, D)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=config.causal and mask is None and T > 1,
-                dropout_p=config.dropout if self.training else 0.0, enable_gqa=grouped)  # (B, H, T, D)
+            # a bool even where torch.compile traces T as a symbol
+            causal = True if config.causal and mask is None and T > 1 else False
+            dropout = config.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
+                                               enable_gqa=grouped)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H * D)
         return self.resid_dropout(self.c_proj(y))
 

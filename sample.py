@@ -197,7 +197,7 @@ options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, r
                cuda_graph='cuda' in device and compile is not False)
 
 sys.stdout.reconfigure(errors='replace')  # for terminals that lack a character
-with autocast(dtype, device):
+with autocast(dtype, device), torch.inference_mode():
     if not model.config.causal:
         for text in typed() if interactive else texts:
             fill(text)

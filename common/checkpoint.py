@@ -40,6 +40,8 @@ def random_state(device):
     state = {'cpu': torch.get_rng_state()}
     if 'cuda' in device:
         state['cuda'] = torch.cuda.get_rng_state(device)
+    if 'mps' in device:
+        state['mps'] = torch.mps.get_rng_state()
     return state
 
 
@@ -47,6 +49,8 @@ def set_random_state(state, device):
     torch.set_rng_state(state['cpu'].cpu())
     if 'cuda' in device and 'cuda' in state:
         torch.cuda.set_rng_state(state['cuda'].cpu(), device)
+    if 'mps' in device and 'mps' in state:
+        torch.mps.set_rng_state(state['mps'].cpu())
 
 # -----------------------------------------------------------------------------
 # writing

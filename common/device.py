@@ -73,7 +73,7 @@ def pick_compile(compile, device, print=print):
 
 def fetch(x):
     """Start to copy a tensor to the host. Returns a function that waits for the copy, and gives it as a list."""
-    copy = x.to('cpu', non_blocking=True)  # from a GPU into pinned memory
+    copy = x.to('cpu', non_blocking=x.is_cuda)  # into pinned memory; mps has no event to wait for
     arrived = torch.cuda.Event() if x.is_cuda else None
     if arrived:
         arrived.record()

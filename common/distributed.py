@@ -227,7 +227,7 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
     recompute, model.activation_checkpointing = model.activation_checkpointing, False
     for block in model.transformer.h:
         if recompute:  # inside what is compiled
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(recomputed, block.forward)
         if compiled:
             block.compile(fullgraph=True)
         fully_shard(block, **how, mp_policy=half)
@@ -237,6 +237,12 @@ def wrap(model, device, layout='ddp', dtype='float32', replicas=1, cpu_offload=F
     fully_shard(model, **how)
     register_fsdp_forward_method(model, 'hidden')  # generation and HellaSwag call it apart from forward
     return model
+
+
+def recomputed(forward, *args):
+    """forward(*args), recomputed in the backward pass. A function of its own, since torch.compile looks for Python code
+    to compile, and passes over PyTorch's own."""
+    return checkpoint(forward, *args, use_reentrant=False)
 
 
 def sync_gradients(model, last):
@@ -268,12 +274,12 @@ def full_tensor(x):
 def shard_like(x, like):
     """A copy of x as `like` is: on its device, or this process's shard of it if `like` is a DTensor."""
     if hasattr(like, 'placements'):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-        device = like.to_local().device  # the CPU, for offloaded parameters
+        from torch.distributed.tensor import distribute_tensor
         mine = distribute_tensor(x.to(like.device_mesh.device_type), like.device_mesh, like.placements,
                                  src_data_rank=None)
-        return DTensor.from_local(mine.to_local().to(device, copy=True), like.device_mesh, like.placements,
-                                  shape=like.shape, stride=like.stride())
+        copy = torch.empty_like(like.detach(), dtype=x.dtype)  # offloaded parameters are on the CPU: from_local would
+        copy.to_local().copy_(mine.to_local())                 # move their shards to the mesh's device
+        return copy
     return x.to(like.device, copy=True)
 
 
@@ -316,7 +322,8 @@ def restore_optimizers(model, optimizers, state):
         raise UserError(f'the checkpoint has no optimizer state for {some(missing)}: start from its weights alone')
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group['params']):
-            optimizer.state[p] = {key: shard_like(x, p) if x.dim() else x.to(to_local(p).device, copy=True)
+            device = to_local(p).device if optimizer.defaults.get('fused') else 'cpu'  # of step counts
+            optimizer.state[p] = {key: shard_like(x, p) if x.dim() else x.to(device, copy=True)
                                   for key, x in state['state'][names[p]].items()}
 
 
@@ -369,9 +376,10 @@ def load_shards(folder):
 
 def sum_over_ranks(*values, device):
     """Each number, or tensor of one, summed over all processes: a float64 tensor (float32 on mps) on the device."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
-                         for v in values])
-    return all_reduce_tensor(total)
+    kind = dict(dtype=torch.float32 if 'mps' in device else torch.float64, device=device)
+    # full, since as_tensor of a number waits for the device
+    total = [v.to(**kind) if isinstance(v, torch.Tensor) else torch.full((), v, **kind) for v in values]
+    return all_reduce_tensor(torch.stack(total))
 
 
 def all_reduce_tensor(x):
@@ -446,9 +454,11 @@ def in_background(function, *args):
 
 
 def on_device(function, *args):
-    if torch.cuda.is_initialized():
-        torch.cuda.set_device(local_rank)  # each thread starts with GPU 0
-    return function(*args)
+    if not torch.cuda.is_initialized():
+        return function(*args)
+    torch.cuda.set_device(local_rank)  # each thread starts with GPU 0
+    with torch.cuda.stream(torch.cuda.Stream()):  # writing shards waits for its stream, which is not the training's
+        return function(*args)
 
 
 def result(future):

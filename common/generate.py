@@ -10,7 +10,7 @@ from data.chatml import encode
 from data.errors import UserError
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP keeps what it gathers, for training
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            lengths=None, seeds=None, cuda_graph=False, cache=None):
     """Yield, max_new_tokens times, the next token of each row of idx as a GPT continues it: (B, 1) int64.
@@ -133,10 +133,11 @@ class OneTokenGraph:
         for layer in cache:
             layer.k[:, :, layer.length:], layer.v[:, :, layer.length:] = 0, 0  # masked, but 0 * NaN would be NaN
         cache = [FixedCache(layer, self.column) for layer in cache]
+        new, column = self.new, self.column  # a step that held self would keep the graph's memory until gc.collect()
 
         def step():
-            mask = (columns >= empty) & (columns <= self.column)  # (B, S)
-            return model.head(model.hidden(self.new, self.column - empty, mask[:, None, None], cache)[:, -1])
+            mask = (columns >= empty) & (columns <= column)  # (B, S)
+            return model.head(model.hidden(new, column - empty, mask[:, None, None], cache)[:, -1])
 
         self.step = step
         if device.type == 'cuda':

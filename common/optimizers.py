@@ -57,7 +57,9 @@ def step(optimizers, skip=None):
             if not skip:  # waits for the device
                 optimizer.step()
         else:
-            optimizer.found_inf = None if skip is None else skip.float()  # the attribute that torch.amp.GradScaler sets
+            # the attribute that torch.amp.GradScaler sets; AdamW itself would not wait for a flag that it offloads
+            device = to_local(optimizer.param_groups[0]['params'][0]).device
+            optimizer.found_inf = None if skip is None else skip.float().to(device)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

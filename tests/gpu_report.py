@@ -380,7 +380,8 @@ def layouts():
     print(f'{processes} processes on {device}: 20 steps with a checkpoint of step 10, then resumed from it.')
     header('layout', 'result', 'last loss', 'largest difference after the resume')
     eager = '--compile=False'
-    ways = {'ddp': [], 'zero1': ['--parallel=zero1', eager], 'fsdp': ['--parallel=fsdp'],
+    ways = {'ddp': [], 'ddp, document_mask': ['--document_mask=True'], 'zero1': ['--parallel=zero1', eager],
+            'fsdp': ['--parallel=fsdp'], 'fsdp, document_mask': ['--parallel=fsdp', '--document_mask=True'],
             'fsdp, activation_checkpointing': ['--parallel=fsdp', '--activation_checkpointing=True'],
             'fsdp, cpu_offload': ['--parallel=fsdp', '--cpu_offload=True', eager],
             'fsdp, sharded_checkpoints': ['--parallel=fsdp', '--sharded_checkpoints=True', eager]}
@@ -471,10 +472,11 @@ def generate():
             for name, model in models.items():
                 with guarded(name), torch.no_grad(), autocast('bfloat16', device):
                     idx, best = torch.randint(50257, (batch, prompt), device=device), float('inf')
+                    how = {'cuda_graph': CUDA} if name == 'ours' else {}
                     for _ in range(2):
                         synchronize(device)
                         began = time.perf_counter()
-                        model.eval().generate(idx, new, top_k=50)
+                        model.eval().generate(idx, new, top_k=50, **how)
                         synchronize(device)
                         best = min(best, time.perf_counter() - began)
                     row(name, batch, prompt, new, f'{batch * new / best:,.0f}', f'{best / new * 1e3:.2f}')

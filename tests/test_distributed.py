@@ -155,6 +155,12 @@ def test_a_process_that_never_joins_is_named(missing):
     assert {str(result) for result in results} == {f'{names} of 4 processes did not join within 2 s (dist_timeout)'}
 
 
+def test_a_sum_never_waits_for_the_device(monkeypatch):
+    """As as_tensor of a number does on a GPU."""
+    monkeypatch.delattr(torch, 'as_tensor')
+    assert distributed.sum_over_ranks(1, 2.5, True, torch.tensor(3.0), device='cpu').tolist() == [1, 2.5, 1, 3]
+
+
 def fetch(folder):
     distributed.local_rank = distributed.rank % 2  # two machines of two processes
 

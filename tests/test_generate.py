@@ -1,10 +1,12 @@
 """Generation: the cache changes nothing, rows do not disturb each other, and each option is what its paper says."""
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 
-from common.generate import left_padded, next_token_probs, penalize, stream
+from common.generate import OneTokenGraph, left_padded, next_token_probs, penalize, stream
 from model import GPT, GPTConfig
 from test_model import VARIANTS
 
@@ -189,6 +191,26 @@ def test_samples_have_the_probabilities(model):
     chi2 = ((counts - 4000 * probs)[kept]**2 / (4000 * probs[kept])).sum().item()
     freedom = kept.sum().item() - 1
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+def test_a_recorded_step_gives_its_memory_back_at_once(model):
+    """Without the garbage collector, which a GPU that is full does not ask."""
+    cache = model.new_cache(1, 16)
+    model.hidden(prompts(1, 4), cache=cache)
+    step = OneTokenGraph(model, cache)
+    step(prompts(1, 1), 4)
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_training_can_use_what_sampling_made(model):
+    """FSDP's gathered parameters, for example."""
+    assert not any(token.is_inference() for token in stream(model, prompts(1, 4), 2))
 
 
 @pytest.mark.parametrize('name, value', [('temperature', -0.1), ('temperature', math.nan), ('top_k', -1), ('top_p', 0.0),

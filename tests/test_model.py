@@ -303,6 +303,15 @@ def test_crop_block_size():
         model(batch(T=17)[0])
 
 
+def test_another_length_compiles_whole():
+    """As dpo.py's pairs have it: the second length is traced as a symbol."""
+    model = tiny()
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    for T in 8, 12, 16, 1:
+        x, y = batch(T=T)
+        torch.testing.assert_close(compiled(x, y)[1], model(x, y)[1])
+
+
 @pytest.mark.parametrize('settings, words', [
     (dict(n_head=5), 'n_embd=32 must be a multiple of n_head=5'),
     (dict(n_kv_head=3), 'n_head=4 must be a multiple of n_kv_head=3'),

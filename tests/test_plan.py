@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from common import device
 from conftest import TINY, at_step, run, run_ranks
@@ -52,6 +53,17 @@ def test_a_device_has_the_peak_of_its_row(monkeypatch, name, gpu):
 def test_the_peak_of_a_device_without_a_row_is_measured(monkeypatch, name):
     monkeypatch.setattr(device, 'device_name', lambda _: name)
     assert device.peak_flops('bfloat16', 'cpu') not in {flops for flops, _ in device.GPUS.values()}
+
+
+def test_numbers_that_no_event_announces_are_waited_for():
+    """An mps device has no event to wait for, as a GPU has."""
+    class OnMps:
+        is_cuda = False
+
+        def to(self, target, non_blocking):
+            assert not non_blocking
+            return torch.ones(2)
+    assert device.fetch(OnMps())() == [1, 1]
 
 
 def test_a_step_that_cannot_be_divided_is_another_one_and_the_plan_says_so():

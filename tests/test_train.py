@@ -245,6 +245,7 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, proces
     other = shutil.copytree(dataset, tmp_path / 'other')
     out_dir = tmp_path / 'out'
     args = tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}', '--n_layer=1',
+                *['--activation_checkpointing'] * (layout == 'fsdp'),
                 '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',
                 '--sample_interval=4', '--profile')
     process = run_ranks(*args, processes=processes) if processes else run(*args)
