@@ -358,7 +358,8 @@ def save_shards(tensors, folder):
 
 
 def load_shards(folder):
-    """{name: whole tensor} of a folder that save_shards wrote. One process is enough."""
+    """{name: whole tensor} of a folder that save_shards wrote. One process is enough; each that calls this has all of
+    them in its memory."""
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder))
     shapes = reader.read_metadata().state_dict_metadata

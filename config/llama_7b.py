@@ -25,7 +25,7 @@ learning_rate = 3e-4
 min_lr = 3e-5
 
 parallel = 'fsdp'
-sharded_checkpoints = True
+sharded_checkpoints = True  # to resume, each process reads all 81 GB into CPU memory
 activation_checkpointing = True
 
 eval_interval = 1000

@@ -9,7 +9,7 @@
 # The first two folders are checkouts to compare with, HELLASWAG is hellaswag_val.jsonl.
 sections=() options=() failed=0 limit=${LIMIT:-540}
 for arg; do [[ $arg == --* ]] && options+=("$arg") || sections+=("$arg"); done
-[ ${#sections[@]} -gt 0 ] || sections=(machine rates profile loop layouts float16 resume hellaswag generate ablations)
+[ ${#sections[@]} -gt 0 ] || sections=(machine rates profile loop layouts float16 resume dpo hellaswag generate ablations)
 mkdir -p "${OUT:-.}" && report=$(realpath "${OUT:-.}")/gpu_report.md && log=$(mktemp) || exit
 for name in NANOGPT BUILD_NANOGPT HELLASWAG TIKTOKEN_CACHE_DIR; do
     [ -z "${!name}" ] || export "$name=$(realpath "${!name}")"

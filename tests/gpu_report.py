@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -285,7 +285,7 @@ def rates():
             print(f'\nbatch {batch} skipped: no time left')
             continue
         began = time.perf_counter()
-        kept = {}
+        kept, trial = {}, None
 
         def ours(recipe, optimizer=None):
             model = kept.get(recipe) or kept.setdefault(recipe, our_model(recipe))
@@ -433,6 +433,36 @@ def float16():
                     f'{max(abs(losses[s] - exact[optimizer][s]) for s in losses):.2e}', 'pass' if good else '**FAIL**')
 
 
+def dpo():
+    processes, chat = torch.cuda.device_count() if CUDA else 2, get_tokenizer('bytes+chatml')
+    print('dpo.py: 20 steps from random weights, whose loss is 0.6931 at the start.')
+    header('run', 'result', 'losses')
+    ways = {'bfloat16': [], 'bfloat16, muon': ['--optimizer=muon'], 'float16': ['--dtype=float16'],
+            'fsdp': ['--parallel=fsdp']}
+    with tempfile.TemporaryDirectory() as folder:
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=chat.vocab_size)
+        torch.save({'model': GPT(config).state_dict(), 'model_args': asdict(config), 'tokenizer': chat.name},
+                   f'{folder}/base.pt')
+        Path(folder, 'pairs.jsonl').write_text(''.join(
+            json.dumps({'prompt': f'{i}?', 'chosen': f'yes {i}', 'rejected': f'no {i}'}) + '\n' for i in range(64)))
+
+        def losses(name, options):
+            launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+            run(*(launcher if name == 'fsdp' else []), 'dpo.py', f'--init_from={folder}/base.pt',
+                f'--out_dir={folder}/{name.replace(", ", "-")}', f'--pairs={folder}/pairs.jsonl',
+                f'--val_pairs={folder}/pairs.jsonl', f'--gradient_accumulation_steps={2 * processes}',
+                '--learning_rate=1e-3', '--warmup_iters=2', '--max_iters=20', f'--device={device}', *options,
+                *(['--compile=False'] if toy else []), OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='2')
+            log = map(json.loads, Path(folder, name.replace(', ', '-'), 'log.jsonl').read_text().splitlines())
+            return [entry['val_loss'] for entry in log if 'val_loss' in entry]
+
+        for name, result in at_once({name: partial(losses, name, options) for name, options in ways.items()}):
+            with guarded(name):
+                first, last = result()
+                good = abs(first - 0.6931) < 1e-3 and last < 0.6
+                row(name, 'pass' if good else '**FAIL**', f'{first:.4f} … {last:.4f}')
+
+
 def items_file(folder):
     """HellaSwag's items, or random words in their place: a path."""
     if hellaswag_data:
@@ -500,4 +530,4 @@ if __name__ == '__main__':
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(1337)
     {'machine': machine, 'rates': rates, 'profile': profile, 'loop': loop, 'layouts': layouts, 'float16': float16,
-     'resume': resume, 'hellaswag': hellaswag_rate, 'generate': generate, 'ablations': ablations}[section]()
+     'resume': resume, 'dpo': dpo, 'hellaswag': hellaswag_rate, 'generate': generate, 'ablations': ablations}[section]()

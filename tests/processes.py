@@ -183,10 +183,10 @@ def on_processes(world_size, function, *args, timeout=60, init=True, missing=(),
 
     init: join the others first, with timeout as dist_timeout. stderr: a file for what they print there.
     """
-    board = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     there = [r for r in range(world_size) if r not in missing]
     pipes = {r: context.Pipe(duplex=False) for r in there}
-    processes = [context.Process(target=work, args=(r, world_size, board.port, pipes[r][1], timeout, init, stderr,
+    processes = [context.Process(target=work, args=(r, world_size, store.port, pipes[r][1], timeout, init, stderr,
                                                       function, args))
                  for r in there]
     for process in processes:
