@@ -30,6 +30,7 @@ import numpy as np
 
 import plot
 from common import files, log
+from data.errors import some
 
 # -----------------------------------------------------------------------------
 seeds = 5  # pairs of runs at most: 3, 5, 10 or 20
@@ -52,6 +53,12 @@ def side(text, common):
     return name, arguments, override(settings_of(ROOT / 'train.py'), arguments)
 
 
+def differing(a, b):
+    """The names of the settings in which two runs differ, sorted, but for what each run has of its own."""
+    own = {'seed', 'out_dir', 'init_from', 'wandb_run_name'}
+    return sorted(name for name in a.keys() & b.keys() - own if a[name] != b[name])
+
+
 def finished(folder, config):
     """The log of the run in `folder`, a list of dicts, if it has finished, else None. Raises UserError if the run has
     other settings than `config`."""
@@ -59,10 +66,9 @@ def finished(folder, config):
         return None
     entries = log.read(folder / 'log.jsonl')
     then = next((entry['config'] for entry in reversed(entries) if 'config' in entry), {})
-    for name in then.keys() & config.keys() - {'seed', 'out_dir', 'init_from'}:  # the last is 'resume' after a stop
-        if then[name] != config[name]:
-            raise UserError(f'{folder} has a run with {name}={then[name]}, not {config[name]}: choose another '
-                            '--out_dir, or delete it')
+    if other := differing(then, config):  # init_from is 'resume' after a stop
+        raise UserError(f'{folder} has a run with {some([f"{name}={then[name]}, not {config[name]}" for name in other])}'
+                        ': choose another --out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]
     if end and end[-1] is None:  # as a log has what is not finite
         raise UserError(f'{folder} has diverged: its final validation loss is not finite')
@@ -126,7 +132,7 @@ def ratios(a, b, logs):
     there, back = tokens_ratio(logs[a], logs[b]), tokens_ratio(logs[b], logs[a])
     time = statistics.median(seconds(y) / seconds(x) for x, y in zip(logs[a], logs[b]))
     return (f'tokens: {b} reaches the final loss of {a} with {there:.2f} of its tokens' if there < math.inf else
-            f'tokens: {b} does not reach the final loss of {a}, which reaches that of {b} with {back:.2f} of its tokens'
+            f'tokens: {b} does not reach the final loss of {a}; {a} reaches that of {b} with {back:.2f} of its own tokens'
             ) + f'\ntime: {b} trains for {time:.2f} times as long as {a}'
 
 
@@ -156,10 +162,12 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
     a mistake in a setting, and for a run that fails, diverges, or was made with other settings.
     """
     sides = [side(text, common) for text in texts]
-    (a, *_), (b, *_) = sides
+    (a, _, first), (b, _, second) = sides
     if a == b:
         raise UserError(f'both configurations are called {a}: change one of them, or name its file otherwise')
     files.lock(out_dir).release()  # raises unless it can be written
+    names = [f'{name} {first[name]} and {second[name]}' for name in differing(first, second)]
+    print(f'{a} and {b} differ in {some(names) or "no setting"}; {out_dir}/*/output.txt shows the runs', flush=True)
     folders, logs, differences = {a: [], b: []}, {a: [], b: []}, []
     pool = ThreadPoolExecutor(jobs)
     try:

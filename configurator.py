@@ -55,11 +55,19 @@ CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
            'kind': ('bpe', 'wordpiece', 'unigram')}
 # Settings of train.py, when a run does not use them, and why
+SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
 UNUSED = (
     ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c['decay_lr'], 'decay_lr is False'),
     ('wsd_decay', lambda c: c['decay_lr'] and c['lr_schedule'] != 'wsd', 'lr_schedule is {lr_schedule}'),
     ('teacher_weight teacher_temperature', lambda c: not c['teacher'], 'there is no teacher'),
     ('lora_alpha', lambda c: not c['lora_rank'], 'lora_rank is 0'),
+    (f'rope_theta {SCALING}', lambda c: c['init_from'] == 'scratch' and c['position'] != 'rope',
+     'position is {position}'),
+    (SCALING, lambda c: c['init_from'] == 'scratch' and c['position'] == 'rope' and c['rope_type'] == 'default',
+     'rope_type is default'),
+    ('zero_init', lambda c: not c['init_from'].startswith(('scratch', 'auto', 'resume')),
+     'the weights come from {init_from}'),
+    ('keep_checkpoints always_save_checkpoint', lambda c: c['eval_only'], 'eval_only is True'),
     ('backend dist_timeout', lambda c: c['processes'] == 1, 'there is one process'),
     ('hellaswag_limit hellaswag_data', lambda c: not c['hellaswag_interval'], 'hellaswag_interval is 0'),
     ('wandb_project', lambda c: not uses_wandb(c), 'wandb_log is False'),
@@ -126,7 +134,10 @@ def check_ranges(config, defaults):
         if value != defaults[name] and type(value) in (int, float) and not low <= value <= high:
             bounds = ['above 0' if low == TINY else f'at least {low}'] * (low > -math.inf)
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
-            raise UserError(f'{name}={value} must be {" and ".join(bounds)}')
+            default = f', or {defaults[name]}, its default' * (not low <= defaults[name] <= high)
+            raise UserError(f'{name}={value} must be {" and ".join(bounds)}{default}')
+        if name in ('out_dir', 'dataset') and not value and defaults[name]:
+            raise UserError(f'{name} is empty: name a folder')
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
     if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
@@ -191,7 +202,8 @@ def checked(where, key, value, defaults):
     if type(value) is int and kind is float and abs(value) < 2**1023:
         return float(value)
     if type(value) is not kind and not (type(value) is bool and defaults[key] == 'auto'):
-        raise UsageError(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r})')
+        example = f': {where}={defaults[key]!r}' * (where == f'--{key}')  # without a value it is True
+        raise UsageError(f'{where}: {key} takes {TYPES[kind]} (its default is {defaults[key]!r}){example}')
     return value
 
 def run_file(file, config, defaults):

@@ -72,6 +72,12 @@ config = configure(globals())
 device = distributed.init(device, backend, dist_timeout)
 distributed.check_layout(parallel, 1, False, False)
 rank, processes = distributed.rank, distributed.world_size
+for name, files_of_it in ('pairs', pairs), ('val_pairs', val_pairs):
+    if not files_of_it:
+        raise UserError(f'{name} is empty: it names jsonl files of prompt, chosen and rejected')
+if warmup_iters > max_iters:
+    print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters}), '
+           'which ends before the learning rate is at its peak')
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
@@ -97,8 +103,6 @@ model.activation_checkpointing = activation_checkpointing
 # -----------------------------------------------------------------------------
 # pairs
 
-if not pairs or not val_pairs:
-    raise UserError('pairs and val_pairs each name jsonl files of prompt, chosen and rejected')
 train_pairs, left_out = read_pairs(pairs, tokenizer, block_size, 'pairs')
 val_pairs, more = read_pairs(val_pairs, tokenizer, block_size, 'val_pairs')
 print0(f'{len(train_pairs):,} pairs to train on, {len(val_pairs):,} held out; left out: {left_out + more:,} longer '

@@ -11,7 +11,7 @@ The other way is --init_from=FOLDER, which train.py, sample.py and hellaswag.py 
 
 import os
 
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 
 from common import convert, page
 from common.checkpoint import load_model
@@ -29,6 +29,8 @@ config = configure(globals())
 
 if bool(folder) == bool(html):
     raise UserError('give --folder=FOLDER or --html=FILE.html')
+if (unused := 'html_dtype' if folder else 'dtype') in given:
+    raise UserError(f'{unused} is for --{"html" if folder else "folder"} alone')
 if folder:
     convert.check_folder(folder)
 elif not os.path.isdir(os.path.dirname(html) or '.'):

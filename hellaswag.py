@@ -177,6 +177,7 @@ if __name__ == '__main__':
         raise UserError('HellaSwag scores continuations, and this model fills masks')
     rows = prepare(items, get_tokenizer(tokenizer), model.config.block_size)
     result = evaluate(model, rows, device, dtype, batch_tokens, progress=True)
+    print(f'{len(rows):,} items; ± is the standard error')
     for name in 'acc', 'acc_norm':
         print(f'{name:8} {result[name]:.4f} ± {result[f"{name}_stderr"]:.4f}', flush=True)
     if out:

@@ -133,7 +133,8 @@ def report(config):
     step = steps * config['batch_size'] * config['block_size'] * gpus
     tokens = step * config['max_iters']
     flops = model.flops_per_token() * tokens
-    chinchilla, kaplan = predicted_loss(n, non_embedding, tokens)
+    losses = predicted_loss(n, non_embedding, tokens)
+    known = max(losses) < math.log(model.config.vocab_size)  # else these fits are of other sizes, or of longer tokens
     parts = memory(model, config, gpus)
     layout = config['parallel'] + (f', {config["replicas"]} replicas' if config['replicas'] > 1 else '')
     lines = [
@@ -142,8 +143,9 @@ def report(config):
         *[f'                      ({note})'] * bool(note),
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
-        f"loss to expect        {chinchilla:.2f} by Chinchilla's fit, {kaplan:.2f} by Kaplan's law, in nats per token",
-        '                      (each for the text and the tokenizer of its paper)', '',
+        *(["loss to expect        {:.2f} by Chinchilla's fit, {:.2f} by Kaplan's law, in nats per token".format(*losses),
+           '                      (each for the text and the tokenizer of its paper)'] if known else
+          ['loss to expect        unknown: the published laws are of larger models and longer tokens']), '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
         f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',

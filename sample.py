@@ -57,8 +57,10 @@ def read(path):
     try:
         with open(os.path.expanduser(path), encoding='utf-8') as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read the prompt {path}: {error}')
+    except OSError as error:
+        raise UserError(f'cannot read the prompt {path}: {error.strerror}')
+    except UnicodeDecodeError:
+        raise UserError(f'cannot read the prompt {path}: it is not UTF-8 text')
 
 
 def text_of(ids):
@@ -77,7 +79,8 @@ def show(ids):
 def continuations(texts, seeds):
     """Yield, step by step, the list of the next id of each text, until all have ended."""
     rows = [tokenizer.encode(text).tolist() or [tokenizer.eot] for text in texts]
-    T = max(map(len, rows))
+    if (T := max(map(len, rows))) > model.config.block_size:
+        print(f'a prompt has {T:,} tokens: the model sees the last {model.config.block_size:,}', file=sys.stderr)
     idx = torch.tensor([[tokenizer.eot] * (T - len(row)) + row for row in rows], device=device)  # (B, T)
     ended = [False] * len(rows)
     for new in stream(model, idx, max_new_tokens, **options, lengths=torch.tensor([*map(len, rows)]), seeds=seeds):
@@ -176,6 +179,8 @@ if chat and (unused := [name for name in ('num_samples', 'batch_size', 'stop', '
     raise UserError(f'{", ".join(unused)}: a conversation has one answer at a time, which ends where the model ends it')
 if interactive and ('batch_size' in given or 'num_samples' in given and num_samples > 1):
     raise UserError('num_samples, batch_size: interactive draws one sample a prompt')
+if not temperature and (unused := [name for name in ('top_k', 'top_p', 'min_p') if name in given]):
+    print(f'not used: {", ".join(unused)} (temperature is 0)', file=sys.stderr)
 if prompts:
     texts = read(prompts).removesuffix('\n').split('\n')
     if texts == ['']:
@@ -185,6 +190,8 @@ else:
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
+if 'out_dir' in given and init_from != 'resume':
+    print(f'not used: out_dir (init_from is {init_from})', file=sys.stderr)
 model, tokenizer_name = load_model(init_from, out_dir, device)
 tokenizer = get_tokenizer(tokenizer_name)
 if not model.config.causal and (unused := [name for name in given if name not in (

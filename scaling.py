@@ -203,7 +203,16 @@ def main():
         folders = sorted({folder for pattern in patterns for folder in glob.glob(pattern) if os.path.isdir(folder)})
         if not folders:
             raise UserError(f'runs={runs} names no folder')
-        found = [read_run(folder) for folder in folders]
+        found, problems = [], []
+        for folder in folders:  # a pattern also finds what is no finished run
+            try:
+                found.append(read_run(folder))
+            except UserError as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        for error in problems:
+            print(f'left out: {error}')
     else:
         found = train_grid({name: given[name] for name in known})
     for name in 'dataset', 'eval_iters', 'batch_size', 'block_size':

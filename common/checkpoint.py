@@ -191,11 +191,13 @@ def load(path, resume=False):
     """
     path = str(path)
     if not os.path.isfile(path):
-        other = alternative(path) or 'train first, or set out_dir to the folder that has one'
+        other = alternative(path) or ('train first, or set out_dir to the folder that has one'
+                                      if os.path.basename(path) == NAME else 'there is no such file')
         raise UserError(f'no checkpoint {path}: {other}')
     if damage := find_damage(path):
         other = alternative(path)
-        raise UserError(f'{path} is not a readable checkpoint: {damage}' + f'; {other}' * bool(other))
+        raise UserError(f'{path} is not a readable checkpoint: {damage}; '
+                        + (other or 'there is no whole one beside it: copy it again, or rename it and start again'))
     peers = [(convert.PeerConfig, f'{module}.GPTConfig') for module in ('__main__', 'train_gpt2')]
     try:  # no other class is let in
         with torch.serialization.safe_globals(peers):
@@ -332,8 +334,10 @@ def check_weights(checkpoint, path):
     optimizer = checkpoint.get('optimizer', {})
     for name, state in optimizer.get('state', {}).items():
         for key, x in state.items():
-            if not isinstance(x, torch.Tensor) or x.dim() and (name not in weights or x.shape != weights[name].shape):
-                raise UserError(f'{path}: {key} of {name} in its optimizer is not a tensor of the weight\'s shape')
+            if not isinstance(x, torch.Tensor) or x.dim() and not (
+                    name in weights and x.shape in (weights[name].shape, weights[name].shape[:1] + (1,))):
+                raise UserError(f'{path}: {key} of {name} in its optimizer is not a tensor of the weight\'s shape, or '
+                                'of a number for each of its rows')
     for group in optimizer.get('param_groups', []):
         if len({frozenset(optimizer['state'].get(name, ())) for name in group['params'] if isinstance(name, str)}) > 1:
             raise UserError(f'{path}: a part of its optimizer\'s state is missing')
@@ -358,12 +362,13 @@ def compare_settings(checkpoint, path, config, given):
     model = fixed.keys() & config.keys() - {'dropout', 'block_size'}  # these may change
     taken = {name: fixed[name] for name in config if name in model and resolve(name) != fixed[name]}
     if wrong := [name for name in taken if name in given]:
-        raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}')
+        raise UserError(f'{given[wrong[0]]}: {path} has {wrong[0]}={fixed[wrong[0]]}, not {config[wrong[0]]}')
     if then.get('optimizer', config['optimizer']) != config['optimizer']:
         raise UserError(f'{path} has the state of {then["optimizer"]}: '
                         f'--init_from={path} starts from its weights alone')
     if config['max_iters'] < checkpoint['iter_num']:
-        raise UserError(f'max_iters={config["max_iters"]}: {path} has reached step {checkpoint["iter_num"]}')
+        raise UserError(f'max_iters={config["max_iters"]}: {path} has reached step {checkpoint["iter_num"]} already: '
+                        'give a larger one')
     return taken, {name: (then[name], now) for name, now in config.items()
                    if name in then and then[name] != now and name not in model | {'out_dir', 'init_from'}}
 
@@ -404,7 +409,7 @@ def fit(model, vocabulary, tokenizer, config, given, resumed=''):
     for name, value in asdict(model.config).items():
         may_differ = name in ('dropout', 'block_size', 'zero_init') or type(value) is int and config.get(name) == 0
         if name in given and config[name] != value and not may_differ:  # 0 stands for another number
-            raise UserError(f'{given[name]}: the weights have {name}={value}')
+            raise UserError(f'{given[name]}: the weights have {name}={value}, not {config[name]}')
     model.crop_block_size(block_size)
 
 

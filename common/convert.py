@@ -162,6 +162,8 @@ def find(name, file, optional=False):
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     folder = os.path.expanduser(name)
+    if os.path.isfile(folder):
+        raise UserError(f'{name} is a file: give a .pt file, a folder, or a name on the Hugging Face hub')
     if os.path.isdir(folder):
         if os.path.isfile(os.path.join(folder, file)):
             return os.path.join(folder, file)
@@ -177,7 +179,7 @@ def find(name, file, optional=False):
             return None
         if isinstance(error, LocalEntryNotFoundError):
             raise UserError(f'{name}: {file} is not in the local cache, and the Hugging Face hub cannot be '
-                            'reached') from None
+                            'reached: copy the folder of a machine that has it, and give its path') from None
         raise UserError(f'{name} on the Hugging Face hub holds no {file}') from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f'{name}: could not download {file} from the Hugging Face hub: '
@@ -474,8 +476,10 @@ def write_folder(folder, weights, files):
                 f.write(content)
                 f.flush()  # a full disk is known before any file gets its place
             f = stack.enter_context(atomic_write(folder / 'model.safetensors'))
+            mode = os.fstat(f.fileno()).st_mode
             save_file(weights, f.name, {'format': 'pt'})
-            with open(f.name, 'rb+') as written:  # in place of f: save_file may have replaced it
+            with open(f.name, 'rb+') as written:  # in place of f: save_file may have replaced it, for its owner alone
+                os.chmod(f.name, mode)
                 os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder} cannot be written: {reason(error)}') from None

@@ -272,13 +272,15 @@ def full_tensor(x):
 
 
 def shard_like(x, like):
-    """A copy of x as `like` is: on its device, or this process's shard of it if `like` is a DTensor."""
+    """A copy of x as `like` is: on its device, or this process's shard of it if `like` is a DTensor. x has its shape, or
+    one column."""
     if hasattr(like, 'placements'):
         from torch.distributed.tensor import distribute_tensor
         mine = distribute_tensor(x.to(like.device_mesh.device_type), like.device_mesh, like.placements,
                                  src_data_rank=None)
-        copy = torch.empty_like(like.detach(), dtype=x.dtype)  # offloaded parameters are on the CPU: from_local would
-        copy.to_local().copy_(mine.to_local())                 # move their shards to the mesh's device
+        like = like.detach() if x.shape == like.shape else like.detach()[:, :1]
+        copy = torch.empty_like(like, dtype=x.dtype)  # offloaded parameters are on the CPU: from_local would move their
+        copy.to_local().copy_(mine.to_local())        # shards to the mesh's device
         return copy
     return x.to(like.device, copy=True)
 
@@ -692,4 +694,4 @@ def divide_step(config, given, processes):
     below = total // micro_batch * micro_batch
     near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
     raise UserError(f'total_batch_size={total} is not a multiple of batch_size * block_size * processes = '
-                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest are {near}')
+                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest {"are" if below else "is"} {near}')

@@ -34,7 +34,8 @@ def lock(out_dir, timeout=0):
         raise UserError(f'{out_dir} is in use by another run ({holder}): wait for it or stop it, '
                         'or choose another out_dir') from None
     except OSError as error:
-        raise UserError(f'out_dir={out_dir} cannot be written: {error.strerror}') from None
+        why = 'it is a file' if os.path.isfile(out_dir) else error.strerror
+        raise UserError(f'out_dir={out_dir} cannot be written: {why}') from None
     with contextlib.suppress(OSError):  # a full disk
         if isinstance(held, filelock.UnixFileLock):
             path.write_text(f'pid {os.getpid()} on {socket.gethostname()}\n')

@@ -179,7 +179,7 @@ def no_dataset(folder):
     name = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     script = 'prepare_fineweb.py' if folder == ROOT / 'data' / 'fineweb_edu_10B' else name / 'prepare.py'
     if os.path.exists(ROOT / script) and folder != ROOT / 'data':
-        raise UserError(f'no dataset in {name}: run `python {script}` to make it')
+        raise UserError(f'no dataset in {name}: run `python {script}` to make it, or choose another with --dataset')
     raise UserError(f'no dataset in {name}: `python prepare_fineweb.py --out_dir={name}` makes one '
                     'of your --data_files, or of a --dataset on the hub')
 

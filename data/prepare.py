@@ -54,6 +54,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
         raise UserError(f'dedup={dedup} is not one of {", ".join(cleaning.KEYS)}')
     if not str(out_dir):
         raise UserError('out_dir is empty: name the folder to write to')
+    if os.path.isfile(out_dir):
+        raise UserError(f'out_dir={out_dir} is a file: name a folder')
     tokenizer = get_tokenizer(tokenizer)
     settings = {'tokenizer': tokenizer.name, 'shard_size': shard_size, 'max_tokens': max_tokens,
                 'clean': clean, 'dedup': dedup, **settings}
@@ -135,8 +137,12 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
             if shard.tokens:
                 close_shard()
             if count_tokens(shards, split) < (1 if split else 2):
+                for name in ('progress.json', *(entry['file'] for entry in shards)):  # nothing to continue from
+                    for path in out_dir / name, (out_dir / name).with_suffix('.mask.npy'):
+                        path.unlink(missing_ok=True)
+                more = f'; held_out={settings["held_out"]}: lower it, or add some' if 'held_out' in settings else ''
                 raise UserError(f'{out_dir}: too little text{" for validation" * (split == "val")} in '
-                                + describe(resume['counts']))
+                                + describe(resume['counts']) + more)
             if not split:
                 cut_first(out_dir, shard, shards)
             resume = {**resume, 'split': order[order.index(split) + 1], 'corpus': None, 'skip': 0}

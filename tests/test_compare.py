@@ -75,7 +75,7 @@ def test_tokens_and_time_are_by_hand():
     lines = compare.ratios('a', 'b', {'a': [a] * 3, 'b': [b] * 3}).splitlines()
     assert lines == ['tokens: b reaches the final loss of a with 0.56 of its tokens',
                      'time: b trains for 2.00 times as long as a']
-    assert ('tokens: a does not reach the final loss of b, which reaches that of a with 0.56 of its tokens'
+    assert ('tokens: a does not reach the final loss of b; b reaches that of a with 0.56 of its own tokens'
             in compare.ratios('b', 'a', {'a': [a] * 3, 'b': [b] * 3}))
 
 
@@ -101,6 +101,7 @@ def test_a_learning_rate_that_is_worse_is_found_and_a_stop_costs_no_run(dataset,
     assert len(first) == 2
     out = run('compare.py', *args).out
     assert len(re.findall(r'^seed \d: tiny \d', out, re.MULTILINE)) == 3
+    assert 'differ in learning_rate 0.001 and 1e-05, min_lr 0.0001 and 0.0;' in out.splitlines()[0]
     assert out.splitlines()[-2] == 'tiny,learning_rate=1e-5,min_lr=0.0 is worse than tiny'
     assert all(path.read_text() == text for path, text in first.items())
     starts = [[json.loads(line) for line in path.read_text().splitlines()] for path in out_dir.glob('*/log.jsonl')]

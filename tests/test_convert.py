@@ -233,6 +233,8 @@ def test_theirs_without_a_counterpart_name_the_field(family, change, words, tmp_
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match='holds no config.json'):
         GPT.from_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match='test_convert.py is a file: give a .pt file, a folder, or a name'):
+        GPT.from_pretrained(__file__)
     GPT(GPTConfig(**TINY)).save_pretrained(tmp_path, 'bytes')
     (tmp_path / 'model.safetensors').write_bytes(b'damaged')
     with pytest.raises(UserError, match='damaged'):
@@ -605,3 +607,6 @@ def test_export(tmp_path):
     out = run('sample.py', f'--init_from={tmp_path}/gpt', '--num_samples=1', '--max_new_tokens=9', '--dtype=float32').out
     assert out == run('sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=9', '--dtype=float32').out
     assert '--folder=FOLDER' in run('export.py', f'--out_dir={tmp_path}', expect=1).err
+    err = run('export.py', f'--out_dir={tmp_path}', f'--html={tmp_path}/a.html', '--dtype=float16', expect=1).err
+    assert err == 'dtype is for --folder alone\n'
+    assert {path.stat().st_mode for path in (tmp_path / 'gpt').iterdir()} == {(tmp_path / 'ckpt.pt').stat().st_mode}

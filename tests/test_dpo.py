@@ -171,7 +171,7 @@ def test_what_makes_no_run_is_refused_and_leaves_nothing(dpo, tmp_path, monkeypa
     base = torch.load(tmp_path / 'base.pt', weights_only=True)
     torch.save(base | {'tokenizer': 'bytes', 'model_args': base['model_args'] | {'vocab_size': 257}}, tmp_path / 'text.pt')
     torch.save(base | {'model_args': base['model_args'] | {'causal': False}}, tmp_path / 'masks.pt')
-    for args, line in ((['--pairs='], 'pairs and val_pairs each name'), (['--beta=0.0'], 'beta=0.0'), (['--loss=kto'], 'dpo, ipo'),
+    for args, line in ((['--pairs='], 'pairs is empty: it names'), (['--beta=0.0'], 'beta=0.0'), (['--loss=kto'], 'dpo, ipo'),
                        ([f'--init_from={tmp_path}/text.pt'], 'bytes has no chat template'), (['--init_from=resume'], 'no checkpoint'),
                        ([f'--init_from={tmp_path}/masks.pt'], 'masked language model'), (['--optimizer=muon', '--lora_rank=2'], 'muon'),
                        ([f'--pairs={tmp_path}/none.jsonl'], '^pairs: no file .*none.jsonl'),

@@ -27,7 +27,8 @@ def parts(out):
 def test_the_plan_of_gpt2_is_what_one_computes_by_hand():
     out = plan('config/gpt2.py')
     assert 'parameters            124,439,808,' in out and '9,999,745,024 = 19,073 steps of 524,288' in out
-    assert 'tokens per parameter  80.4' in out
+    assert 'tokens per parameter  80.4' in out and re.search("loss to expect +3.06 by Chinchilla's fit", out)
+    assert 'loss to expect        unknown' in plan('config/quickstart.py')  # 13.75, where a guess among 257 costs 5.55
     flops = float(re.search(r'compute +(\S+) FLOPs', out)[1])
     assert flops == pytest.approx((6 * 124e6 + 12 * 12 * 768 * 1024) * 10e9, rel=0.02)
     memory = parts(out)

@@ -568,6 +568,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'cannot be loaded' in complaint(tmp_path / 'out', '--dataset=no/such')
     (tmp_path / 'empty.jsonl').touch()
     assert 'too little text' in complaint(tmp_path / 'out', f'--data_files={tmp_path}/empty.jsonl')
+    assert not [*(tmp_path / 'out').glob('*.npy'), *(tmp_path / 'out').glob('progress.json')]
     assert 'is for FineWeb-Edu' in run('prepare_fineweb.py', own, expect=1).err
     for ignored in '--split=test', '--name=x', '--streaming=False', '--dataset=a/b', '--revision=1':
         assert 'would be ignored' in complaint(tmp_path / 'out', own, ignored)
@@ -576,7 +577,7 @@ def test_mistakes_are_one_line(tmp_path):
     assert 'in 3 documents (dropped: 3 too_short)' in complaint(
         tmp_path / 'out', f'--data_files={tmp_path}/short.jsonl', '--clean', '--num_proc=1')
     (tmp_path / 'file').touch()
-    assert 'file' in complaint(tmp_path / 'file', own)
+    assert f'out_dir={tmp_path}/file is a file: name a folder' in complaint(tmp_path / 'file', own)
 
 
 # -----------------------------------------------------------------------------

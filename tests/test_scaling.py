@@ -154,6 +154,12 @@ def test_mistakes_are_named(tmp_path, command, args, words):
 
 
 def test_runs_that_are_on_no_curve_are_named(tmp_path, command):
+    write_runs(tmp_path)
+    (tmp_path / 'out-compare').mkdir()
+    out = command('scaling.py', f'--runs={tmp_path}/out-*', '--picture=', f'--out_dir={tmp_path}/fit')
+    assert f'left out: {tmp_path}/out-compare/log.jsonl: no such log' in out and out.count('left out') == 1
+    for folder in tmp_path.glob('out-*'):
+        shutil.rmtree(folder)
     write_runs(tmp_path, max_iters=200)
     with pytest.raises(UserError, match='stopped at step 100 of 200'):
         command('scaling.py', f'--runs={tmp_path}/out-*', '--picture=', f'--out_dir={tmp_path}/fit')

@@ -133,6 +133,9 @@ def test_a_model_setting_that_weights_contradict_is_refused(train, tmp_path):
     (['--decay_lr=False'], 'not used: warmup_iters, min_lr (decay_lr is False)'),
     (['--hellaswag_limit=3'], 'not used: hellaswag_limit (hellaswag_interval is 0)'),
     (['--wandb_project=x'], 'not used: wandb_project (wandb_log is False)'),
+    (['--rope_theta=500'], 'not used: rope_theta (position is learned)'),
+    (['--position=rope', '--rope_factor=4', '--rope_theta=500'], 'not used: rope_factor (rope_type is default)'),
+    (['--eval_only', '--keep_checkpoints=3'], 'not used: keep_checkpoints (eval_only is True)'),
     (['--warmup_iters=9'], 'warmup_iters=9 is longer than the run (max_iters=1)')])
 def test_what_is_not_used_is_printed(train, args, line):
     assert line in train('--max_iters=1', *args)
