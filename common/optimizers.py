@@ -34,10 +34,10 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
     optimizers = [torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas, eps=eps, fused=fused)]
     if matrices:
         c = model.config
-        kv = c.n_kv_head * c.head_size
-        rows = {'c_attn': (c.n_head * c.head_size, kv, kv)}  # queries, keys and values are matrices of their own
+        # each head's queries, keys or values are a matrix of their own, and so are SwiGLU's gate and what it gates
+        rows = {'c_attn': (c.head_size,) * (c.n_head + 2 * c.n_kv_head)}
         if c.mlp == 'swiglu':
-            rows['c_fc'] = (c.n_mlp, c.n_mlp)  # so are the gate and what it gates
+            rows['c_fc'] = (c.n_mlp, c.n_mlp)
         splits = [rows.get(name.split('.')[-2], (len(p),)) for name, p in matrices.items()]
         optimizers.append(Muon(list(matrices.values()), splits, learning_rate, weight_decay))
     return optimizers
@@ -105,17 +105,19 @@ def orthogonalize(x, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum over an exponential average of gradients, orthogonalised matrix by matrix. PyTorch has
-    torch.optim.Muon; this one stacks the matrices of one shape, which is several times faster for small models, and
-    each process orthogonalises a part of the stack.
+    """Nesterov momentum over an exponential average of gradients, orthogonalised matrix by matrix; then each row of the
+    update is divided by the root of an exponential average of its mean square (Li et al. 2025, arXiv:2510.05491).
+    PyTorch has torch.optim.Muon, without the rows' averages; this one stacks the matrices of one shape, which is
+    several times faster for small models, and each process orthogonalises a part of the stack.
 
     params: 2-D parameters. splits: for each the rows of the matrices that it holds, one above the other.
     The update is scaled by 0.2 * sqrt(larger side), to the size that AdamW's updates have (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so AdamW's learning rate and weight decay serve here too.
+    arXiv:2502.16982, section 2.2), so AdamW's learning rate and weight decay serve here too. beta2: of the averages
+    over rows; 0 leaves the rows as they are.
     """
 
-    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params, splits, lr, weight_decay=0.1, momentum=0.95, beta2=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2))
         self.stacks = {}  # (shape of a parameter, rows of its matrices) -> parameters
         for p, rows in zip(self.param_groups[0]['params'], splits):
             self.stacks.setdefault((p.shape, rows), []).append(p)
@@ -125,12 +127,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         group, = self.param_groups
-        lr, momentum = group['lr'], group['momentum']
+        lr, momentum, beta2 = group['lr'], group['momentum'], group['beta2']
         skip = getattr(self, 'found_inf', None)
         for (_, rows), params in self.stacks.items():
             for p in params:
                 if not self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
+                if beta2 and 'row_squares' not in self.state[p]:
+                    self.state[p]['row_squares'] = torch.full_like(p[:, :1], 0.2**2)  # what they are on average
             here, grads = [to_local(p) for p in params], [to_local(p.grad) for p in params]
             momenta = [to_local(self.state[p]['momentum']) for p in params]
             decay, keep = momentum, 1.0
@@ -144,6 +148,13 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's look ahead
             stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; rough will do
             stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
+            if beta2:
+                squares = [to_local(self.state[p]['row_squares']) for p in params]
+                means = stack.float().square().mean(dim=2, keepdim=True)  # (n, rows, 1)
+                if skip is not None:
+                    means = torch.where(keep == 0, torch.stack(squares), means)
+                torch._foreach_lerp_(squares, list(means), 1 - beta2)
+                stack = stack * (0.2 / (torch.stack(squares).sqrt() + 1e-8)).to(stack.dtype)
             for mine, update in zip(here, stack):
                 mine.mul_(1 - lr * group['weight_decay'] * keep)
                 mine.add_(update if skip is None else update * keep, alpha=-lr)

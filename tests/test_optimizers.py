@@ -46,7 +46,7 @@ def test_muon_makes_the_steps_of_pytorchs():
     torch.manual_seed(0)
     start = [torch.randn(48, 32), torch.randn(32, 48), torch.randn(48, 32)]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    optimizers = (Muon(ours, [(len(p),) for p in ours], lr=0.02, weight_decay=0.1),
+    optimizers = (Muon(ours, [(len(p),) for p in ours], lr=0.02, weight_decay=0.1, beta2=0),
                   torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'))
     for _ in range(5):
         for p, q in zip(ours, theirs):
@@ -68,6 +68,30 @@ def test_queries_keys_and_values_are_matrices_of_their_own():
     Muon([whole], [(32, 32, 32)], lr=1.0).step()
     Muon(parts, [(32,)] * 3, lr=1.0).step()
     assert torch.allclose(whole, torch.cat(list(parts)), atol=1e-6)
+
+
+def test_each_row_of_an_update_is_divided_by_the_root_of_its_mean_square():
+    torch.manual_seed(0)
+    plain, ours = (torch.nn.Parameter(torch.zeros(48, 32)) for _ in range(2))
+    optimizers = Muon([plain], [(48,)], lr=1.0, weight_decay=0, beta2=0), Muon([ours], [(48,)], lr=1.0, weight_decay=0)
+    squares, scale = torch.full((48,), 0.04), torch.linspace(0, 1, 48)[:, None]
+    for _ in range(20):
+        plain.grad = torch.randn(48, 32) * scale
+        ours.grad = plain.grad.clone()
+        before, already = plain.detach().clone(), ours.detach().clone()
+        for opt in optimizers:
+            opt.step()
+        update = plain.detach() - before
+        squares = 0.95 * squares + 0.05 * (update**2).mean(dim=1)
+        assert torch.allclose(ours.detach() - already, 0.2 * update / squares.sqrt()[:, None], rtol=1e-3, atol=1e-5)
+    assert squares.std() > 0.1 * squares.mean()  # else nothing is divided
+    assert torch.allclose(optimizers[1].state[ours]['row_squares'][:, 0], squares, rtol=1e-4)
+
+
+def test_each_head_is_a_matrix_of_its_own():
+    model = GPT(GPTConfig(**TINY, n_kv_head=2, mlp='swiglu'))
+    stacks = configure_optimizers(model, 'muon', 1e-3, 0.1, (0.9, 0.95))[1].stacks
+    assert (torch.Size((128, 64)), (16,) * 8) in stacks and (torch.Size((512, 64)), (256, 256)) in stacks
 
 
 def trained(optimizer, skips=(), steps=4):
