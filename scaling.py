@@ -222,7 +222,8 @@ def main():
     fitted, unseen = found[:len(found) - hold_out], found[len(found) - hold_out:]
     if len(fitted) < 8 or len({run.n for run in fitted}) < 3 or len({run.d for run in fitted}) < 3:
         raise UserError(f'a law of five numbers needs at least 8 runs of 3 sizes and 3 token counts, and there are '
-                        f'{len(fitted)} of {len({run.n for run in fitted})} and {len({run.d for run in fitted})}')
+                        f'{len(fitted)} of {len({run.n for run in fitted})} and {len({run.d for run in fitted})} '
+                        f'beside the {len(unseen)} that hold_out={hold_out} leaves for the prediction')
 
     data = [torch.tensor([getattr(run, name) for run in fitted], dtype=torch.float64) for name in ('n', 'd', 'loss')]
     law = laws.fit(*data)

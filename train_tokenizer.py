@@ -101,8 +101,9 @@ if __name__ == '__main__':
     configure(globals())
     if not data_files or not out_dir:
         raise UserError("--data_files='corpus/*.jsonl' names the text, and --out_dir=FOLDER where the tokenizer goes")
-    if vocab_size < 258 or max_bytes < 1:
-        raise UserError(f'vocab_size={vocab_size} must be at least 258, max_bytes={max_bytes} at least 1')
+    for name, value, least in ('vocab_size', vocab_size, 258), ('max_bytes', max_bytes, 1):
+        if value < least:
+            raise UserError(f'{name}={value} must be at least {least}')
     path = Path(os.path.expanduser(out_dir), 'tokenizer.json')
     if path.exists():
         raise UserError(f'{path} is there already: give another out_dir')
