@@ -55,7 +55,7 @@ def side(text, common):
 
 def differing(a, b):
     """The names of the settings in which two runs differ, sorted, but for what each run has of its own."""
-    own = {'seed', 'out_dir', 'init_from', 'wandb_run_name'}
+    own = {'seed', 'out_dir', 'init_from', 'wandb_run_name'}  # init_from is 'resume' after a stop
     return sorted(name for name in a.keys() & b.keys() - own if a[name] != b[name])
 
 
@@ -66,7 +66,7 @@ def finished(folder, config):
         return None
     entries = log.read(folder / 'log.jsonl')
     then = next((entry['config'] for entry in reversed(entries) if 'config' in entry), {})
-    if other := differing(then, config):  # init_from is 'resume' after a stop
+    if other := differing(then, config):
         raise UserError(f'{folder} has a run with {some([f"{name}={then[name]}, not {config[name]}" for name in other])}'
                         ': choose another --out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]

@@ -54,10 +54,11 @@ CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
            'kind': ('bpe', 'wordpiece', 'unigram')}
-# Settings of train.py, when a run does not use them, and why
 SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
+# Settings of train.py and dpo.py, when a run does not use them, and why
 UNUSED = (
-    ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c['decay_lr'], 'decay_lr is False'),
+    ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c.get('decay_lr', True),
+     'decay_lr is False'),
     ('wsd_decay', lambda c: c['decay_lr'] and c['lr_schedule'] != 'wsd', 'lr_schedule is {lr_schedule}'),
     ('teacher_weight teacher_temperature', lambda c: not c['teacher'], 'there is no teacher'),
     ('lora_alpha', lambda c: not c['lora_rank'], 'lora_rank is 0'),
@@ -67,7 +68,7 @@ UNUSED = (
      'rope_type is default'),
     ('zero_init', lambda c: not c['init_from'].startswith(('scratch', 'auto', 'resume')),
      'the weights come from {init_from}'),
-    ('keep_checkpoints always_save_checkpoint', lambda c: c['eval_only'], 'eval_only is True'),
+    ('keep_checkpoints always_save_checkpoint', lambda c: c.get('eval_only'), 'eval_only is True'),
     ('backend dist_timeout', lambda c: c['processes'] == 1, 'there is one process'),
     ('hellaswag_limit hellaswag_data', lambda c: not c['hellaswag_interval'], 'hellaswag_interval is 0'),
     ('wandb_project', lambda c: not uses_wandb(c), 'wandb_log is False'),
@@ -136,8 +137,6 @@ def check_ranges(config, defaults):
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
             default = f', or {defaults[name]}, its default' * (not low <= defaults[name] <= high)
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}{default}')
-        if name in ('out_dir', 'dataset') and not value and defaults[name]:
-            raise UserError(f'{name} is empty: name a folder')
         if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
     if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
@@ -149,12 +148,12 @@ def uses_wandb(config):
     return config['wandb_log'] or 'wandb' in config['log_to']
 
 def unused(config):
-    """Lines on the settings that were given and have no effect. config: train.py's, and 'processes'."""
+    """Lines on the settings that were given and have no effect. config: train.py's or dpo.py's, and 'processes'."""
     for names, without, reason in UNUSED:
         names = [name for name in names.split() if name in given]
         if names and without(config):
             yield f'not used: {", ".join(names)} ({reason.format(**config)})'
-    if config['decay_lr'] and config['warmup_iters'] > config['max_iters']:
+    if config.get('decay_lr', True) and config['warmup_iters'] > config['max_iters']:
         yield f'warmup_iters={config["warmup_iters"]} is longer than the run (max_iters={config["max_iters"]}), ' \
               'which ends before the learning rate is at its peak'
 

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from configurator import UserError, configure, given
+from configurator import UserError, configure, given, unused
 
 import numpy as np
 import torch
@@ -75,17 +75,14 @@ rank, processes = distributed.rank, distributed.world_size
 for name, files_of_it in ('pairs', pairs), ('val_pairs', val_pairs):
     if not files_of_it:
         raise UserError(f'{name} is empty: it names jsonl files of prompt, chosen and rejected')
-if warmup_iters > max_iters:
-    print0(f'warmup_iters={warmup_iters} is longer than the run (max_iters={max_iters}), '
-           'which ends before the learning rate is at its peak')
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 if gradient_accumulation_steps % processes or not gradient_accumulation_steps:
     raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the {processes} '
                     'processes, or is 0')
-if processes == 1 and (ignored := [name for name in ('backend', 'dist_timeout') if name in given]):
-    print0(f'not used: {", ".join(ignored)} (there is one process)')
+for line in unused(config | {'processes': processes}):
+    print0(line)
 accumulation_steps = gradient_accumulation_steps // processes
 pairs_per_step = batch_size * gradient_accumulation_steps
 

@@ -91,7 +91,7 @@ if __name__ == '__main__':
         raise UserError(f'dataset={dataset} is a mixture: evaluate its datasets one at a time')
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    model, name = load_model(init_from, out_dir, device)
+    model, name = load_model(init_from, out_dir, device, given)
     data = Split(dataset, split)
     if data.masked:
         raise UserError(f'{dataset} holds conversations, and only answers are scored: train.py --eval_only does that')

@@ -35,7 +35,7 @@ if folder:
     convert.check_folder(folder)
 elif not os.path.isdir(os.path.dirname(html) or '.'):
     raise UserError(f'html={html} cannot be written: there is no such folder')
-model, tokenizer = load_model(init_from, out_dir, device='cpu')
+model, tokenizer = load_model(init_from, out_dir, 'cpu', given)
 size = f'{model.get_num_params() / 1e6:.2f}M parameters'
 if folder:
     model.save_pretrained(folder, tokenizer, dtype)

@@ -24,7 +24,7 @@ import math
 import os
 from pathlib import Path
 
-from configurator import UserError, configure
+from configurator import UserError, configure, given
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
     rows, labels = zip(*rows)
     rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first: the most memory, at once
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first: memory peaks at the start
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
     with (autocast(dtype, device),
           tqdm(total=len(rows), unit=' items', disable=None if progress else True) as bar):  # None: only at a terminal
@@ -172,7 +172,7 @@ if __name__ == '__main__':
     items = load_items(data, limit)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    model, tokenizer = load_model(init_from, out_dir, device)
+    model, tokenizer = load_model(init_from, out_dir, device, given)
     if not model.config.causal:
         raise UserError('HellaSwag scores continuations, and this model fills masks')
     rows = prepare(items, get_tokenizer(tokenizer), model.config.block_size)

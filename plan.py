@@ -133,8 +133,11 @@ def report(config):
     step = steps * config['batch_size'] * config['block_size'] * gpus
     tokens = step * config['max_iters']
     flops = model.flops_per_token() * tokens
-    losses = predicted_loss(n, non_embedding, tokens)
-    known = max(losses) < math.log(model.config.vocab_size)  # else these fits are of other sizes, or of longer tokens
+    chinchilla, kaplan = predicted_loss(n, non_embedding, tokens)
+    expected = (f"{chinchilla:.2f} by Chinchilla's fit, {kaplan:.2f} by Kaplan's law, in nats per token\n"
+                f'{"":22}(each for the text and the tokenizer of its paper)')
+    if max(chinchilla, kaplan) > math.log(model.config.vocab_size):  # what a guess costs
+        expected = 'unknown: the published laws are of larger models and longer tokens'
     parts = memory(model, config, gpus)
     layout = config['parallel'] + (f', {config["replicas"]} replicas' if config['replicas'] > 1 else '')
     lines = [
@@ -143,9 +146,7 @@ def report(config):
         *[f'                      ({note})'] * bool(note),
         f'tokens per parameter  {tokens / n:.1f}, where Chinchilla\'s optimum for its compute is about 20',
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
-        *(["loss to expect        {:.2f} by Chinchilla's fit, {:.2f} by Kaplan's law, in nats per token".format(*losses),
-           '                      (each for the text and the tokenizer of its paper)'] if known else
-          ['loss to expect        unknown: the published laws are of larger models and longer tokens']), '',
+        f'loss to expect        {expected}', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
         *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
         f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',

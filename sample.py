@@ -55,7 +55,7 @@ configure(globals())
 
 def read(path):
     try:
-        with open(os.path.expanduser(path), encoding='utf-8') as f:
+        with open(path := os.path.expanduser(path), encoding='utf-8') as f:
             return f.read()
     except OSError as error:
         raise UserError(f'cannot read the prompt {path}: {error.strerror}')
@@ -190,9 +190,7 @@ else:
 
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-if 'out_dir' in given and init_from != 'resume':
-    print(f'not used: out_dir (init_from is {init_from})', file=sys.stderr)
-model, tokenizer_name = load_model(init_from, out_dir, device)
+model, tokenizer_name = load_model(init_from, out_dir, device, given)
 tokenizer = get_tokenizer(tokenizer_name)
 if not model.config.causal and (unused := [name for name in given if name not in (
         'out_dir', 'init_from', 'start', 'prompts', 'interactive', 'json', 'device', 'dtype')]):

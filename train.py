@@ -427,7 +427,7 @@ while True:
             loss = objectives.weighted(criterion(train_model, x, y), weights[micro_step])
         scaler.scale(loss / accumulation_steps).backward()
         train_loss = train_loss + loss.detach() / accumulation_steps
-        if step == first and micro_step == 0 and not compiled:  # which takes long once
+        if step == first and micro_step == 0 and not compiled:  # compiling takes long, once
             warn_if_slow((time.perf_counter() - began) * accumulation_steps)
         if distributed.world_size == 1 and distributed.stop_signal and micro_step < accumulation_steps - 1:
             stop = True  # one process need not finish a long step: it will be repeated

@@ -456,11 +456,13 @@ def pretrained(init_from, **overrides):
     return model, convert.tokenizer_of(model.config.vocab_size, init_from)
 
 
-def load_model(init_from, out_dir, device):
+def load_model(init_from, out_dir, device, given=()):
     """(model, its tokenizer for get_tokenizer) for sampling and evaluation. init_from: as resume_path takes it, else as
-    pretrained does."""
+    pretrained does. given: the settings that the user set."""
     if init_from in ('scratch', 'auto'):
         raise UserError(f'init_from={init_from} is for train.py: give resume, a model\'s name, a folder or a .pt file')
+    if 'out_dir' in given and init_from != 'resume':
+        print(f'not used: out_dir (init_from is {init_from})', file=sys.stderr)
     model, tokenizer = pretrained(resume_path(init_from, out_dir) or init_from)
     return model.to(device).eval(), tokenizer
 

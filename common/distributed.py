@@ -692,6 +692,6 @@ def divide_step(config, given, processes):
         return steps, batch_size, (f'total_batch_size={steps * micro_batch} instead of {total}, which is not a '
                                    f'multiple of batch_size * block_size * processes = {micro_batch}')
     below = total // micro_batch * micro_batch
-    near = ' or '.join(f'{n}' for n in (below, below + micro_batch) if n > 0)
+    near = f'are {below} or {below + micro_batch}' if below else f'is {micro_batch}'
     raise UserError(f'total_batch_size={total} is not a multiple of batch_size * block_size * processes = '
-                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest {"are" if below else "is"} {near}')
+                    f'{batch_size} * {block_size} * {processes} = {micro_batch}: the nearest {near}')

@@ -23,6 +23,8 @@ def lock(out_dir, timeout=0):
     the file system has no locks, filelock leaves a file, and ignores one whose process is gone). timeout: seconds to
     wait for the holder to finish. Raises UserError if another process holds the lock or the folder can't be written.
     """
+    if not str(out_dir):
+        raise UserError('out_dir is empty: name a folder')
     path = Path(out_dir, LOCK)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,9 @@ def orthogonalize(x, steps=5):
     return x if wide else x.mT
 
 
+RMS = 0.2  # root mean square of the entries of Muon's updates, about AdamW's
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum over an exponential average of gradients, orthogonalised matrix by matrix; then each row of the
     update is divided by the root of an exponential average of its mean square (Li et al. 2025, arXiv:2510.05491).
@@ -111,7 +114,7 @@ class Muon(torch.optim.Optimizer):
     several times faster for small models, and each process orthogonalises a part of the stack.
 
     params: 2-D parameters. splits: for each the rows of the matrices that it holds, one above the other.
-    The update is scaled by 0.2 * sqrt(larger side), to the size that AdamW's updates have (Liu et al. 2025,
+    The update is scaled by RMS * sqrt(larger side), to the size that AdamW's updates have (Liu et al. 2025,
     arXiv:2502.16982, section 2.2), so AdamW's learning rate and weight decay serve here too. beta2: of the averages
     over rows; 0 leaves the rows as they are.
     """
@@ -134,7 +137,7 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]['momentum'] = torch.zeros_like(p)
                 if beta2 and 'row_squares' not in self.state[p]:
-                    self.state[p]['row_squares'] = torch.full_like(p[:, :1], 0.2**2)  # what they are on average
+                    self.state[p]['row_squares'] = torch.full_like(p[:, :1], RMS**2)  # their average
             here, grads = [to_local(p) for p in params], [to_local(p.grad) for p in params]
             momenta = [to_local(self.state[p]['momentum']) for p in params]
             decay, keep = momentum, 1.0
@@ -150,11 +153,12 @@ class Muon(torch.optim.Optimizer):
             stack = distributed.map_matrices(lambda x: orthogonalize_parts(x, rows), stack, params[0])
             if beta2:
                 squares = [to_local(self.state[p]['row_squares']) for p in params]
-                means = stack.float().square().mean(dim=2, keepdim=True)  # (n, rows, 1)
+                norms = torch.linalg.vector_norm(stack, dim=2, keepdim=True, dtype=torch.float32)  # (n, rows, 1)
+                means = norms.square() / stack.size(2)
                 if skip is not None:
                     means = torch.where(keep == 0, torch.stack(squares), means)
                 torch._foreach_lerp_(squares, list(means), 1 - beta2)
-                stack = stack * (0.2 / (torch.stack(squares).sqrt() + 1e-8)).to(stack.dtype)
+                stack *= RMS / (torch.stack(squares).sqrt() + 1e-8)
             for mine, update in zip(here, stack):
                 mine.mul_(1 - lr * group['weight_decay'] * keep)
                 mine.add_(update if skip is None else update * keep, alpha=-lr)
@@ -166,7 +170,7 @@ def orthogonalize_parts(x, rows):
         parts = [x.reshape(-1, rows[0], x.size(2))]
     else:
         parts = x.split(rows, dim=1)
-    parts = [orthogonalize(part) * (0.2 * max(part.shape[1:])**0.5) for part in parts]
+    parts = [orthogonalize(part) * (RMS * max(part.shape[1:])**0.5) for part in parts]
     return torch.cat([part.reshape(len(x), -1, x.size(2)) for part in parts], dim=1)
 
 

@@ -137,9 +137,9 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
             if shard.tokens:
                 close_shard()
             if count_tokens(shards, split) < (1 if split else 2):
-                for name in ('progress.json', *(entry['file'] for entry in shards)):  # nothing to continue from
-                    for path in out_dir / name, (out_dir / name).with_suffix('.mask.npy'):
-                        path.unlink(missing_ok=True)
+                made = [out_dir / entry['file'] for entry in shards]  # there is nothing to continue from
+                for path in (out_dir / 'progress.json', *made, *(path.with_suffix('.mask.npy') for path in made)):
+                    path.unlink(missing_ok=True)
                 more = f'; held_out={settings["held_out"]}: lower it, or add some' if 'held_out' in settings else ''
                 raise UserError(f'{out_dir}: too little text{" for validation" * (split == "val")} in '
                                 + describe(resume['counts']) + more)

@@ -34,6 +34,7 @@ import torch
 
 import hellaswag
 from common.device import autocast, peak_flops, synchronize
+from common.distributed import torchrun
 from common.generate import cast_linears
 from common.optimizers import configure_optimizers
 from configurator import configure
@@ -227,7 +228,7 @@ SMALL = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch
 
 def train(folder, name, *options, processes=0):
     """Losses {step: loss} of a small run of 20 steps in folder/name, with a checkpoint of step 10."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    launcher = torchrun(processes) if processes else []
     run(*launcher, 'train.py', f'--dataset={folder}/data', f'--out_dir={folder}/{name}', *SMALL,
         f'--total_batch_size={4 * 64 * 2 * max(1, processes)}', '--max_iters=20', '--eval_interval=10',
         '--keep_checkpoints=9', *options, OMP_NUM_THREADS='1', TORCHINDUCTOR_COMPILE_THREADS='2')
@@ -447,8 +448,7 @@ def dpo():
             json.dumps({'prompt': f'{i}?', 'chosen': f'yes {i}', 'rejected': f'no {i}'}) + '\n' for i in range(64)))
 
         def losses(name, options):
-            launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-            run(*(launcher if name == 'fsdp' else []), 'dpo.py', f'--init_from={folder}/base.pt',
+            run(*(torchrun(processes) if name == 'fsdp' else []), 'dpo.py', f'--init_from={folder}/base.pt',
                 f'--out_dir={folder}/{name.replace(", ", "-")}', f'--pairs={folder}/pairs.jsonl',
                 f'--val_pairs={folder}/pairs.jsonl', f'--gradient_accumulation_steps={2 * processes}',
                 '--learning_rate=1e-3', '--warmup_iters=2', '--max_iters=20', f'--device={device}', *options,

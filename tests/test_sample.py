@@ -194,7 +194,7 @@ def test_plain_errors(out_dir, tmp_path):
         (['--init_from=scratch'], 'init_from=scratch is for train.py'),
         (['--device=meta'], 'device=meta cannot be used here'),
         ([f'--init_from={tmp_path}/nan.pt'], 'nan.pt: lm_head.weight, transformer.wte.weight has values that are not finite'),
-        (['--start=FILE:~/nowhere.txt'], 'cannot read the prompt ~/nowhere.txt: No such file or directory\n'),
+        (['--start=FILE:~/nowhere.txt'], f'cannot read the prompt {Path.home()}/nowhere.txt: No such file or directory\n'),
         ([f'--start=FILE:{tmp_path}/nan.pt'], 'nan.pt: it is not UTF-8 text'),
         (['--start=FILE:nowhere.txt'], 'cannot read the prompt nowhere.txt'),
         (['--prompts=nowhere.txt'], 'cannot read the prompt nowhere.txt'),

@@ -144,7 +144,7 @@ def test_what_is_not_used_is_printed(train, args, line):
 @pytest.mark.parametrize('args, words', [
     (['--document_mask', '--objective=mlm'], 'document_mask is for objective=next_token'),
     (['--min_lr=1.0'], 'min_lr=1.0 must be at most learning_rate=0.001'),
-    (['--profile'], 'profile'),
+    (['--profile'], 'profile'), (['--out_dir='], 'out_dir is empty: name a folder'),
     (['--device=meta'], '--device=cpu'), (['--seed=18446744073709551616'], 'seed='),
     (['--max_iters=4294967296'], 'max_iters='),
     (['--batch_size=1000000000000'], 'batch_size='), (['--n_mlp=-5'], 'n_mlp=-5'), (['--n_kv_head=-1'], 'n_kv_head=-1'),
