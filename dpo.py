@@ -20,6 +20,7 @@ from configurator import UserError, configure, given, unused
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common import checkpoint, distributed, files, log, lora, objectives, optimizers
 from common.device import autocast, pick_compile, pick_dtype
@@ -110,7 +111,8 @@ def score(pairs):
     """(2, n) float32 on the CPU: log_probs of the chosen and the rejected answers, by all processes together."""
     model.eval()
     scores = []
-    for first in range(0, len(pairs), batch_size * processes):
+    batches = range(0, len(pairs), batch_size * processes)
+    for first in tqdm(batches, unit=' batches', leave=False, disable=None if distributed.master else True):
         mine = range(first + rank * batch_size, first + (rank + 1) * batch_size)  # the same number on each process
         x, y = collate([pairs[i % len(pairs)] for i in mine], block_size, device)
         with torch.no_grad(), autocast(dtype, device):
@@ -177,7 +179,7 @@ def save():
 
 def report(entry):
     """Print what is known of this step, and log it."""
-    print0(f'step {step}/{max_iters} | ' + ' | '.join(f'{name} {x:.4g}' for name, x in entry.items()))
+    print0(f'step {step}/{max_iters} | ' + ' | '.join(f'{name.replace("_", " ")} {x:.4g}' for name, x in entry.items()))
     if run_log:
         run_log.write({'step': step, **entry})
 

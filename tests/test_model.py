@@ -305,8 +305,8 @@ def test_crop_block_size():
 
 def test_another_length_compiles_whole():
     """As dpo.py's pairs have it: the second length is traced as a symbol."""
-    model = tiny()
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    model = tiny(n_layer=1)
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
     for T in 8, 12, 16, 1:
         x, y = batch(T=T)
         torch.testing.assert_close(compiled(x, y)[1], model(x, y)[1])

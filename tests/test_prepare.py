@@ -185,19 +185,19 @@ def test_killed_twenty_times_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize('source, cleaning', [('hub', []), ('files', []), ('files', ['--clean'])])
 def test_killed_with_other_sources(tmp_path, source, cleaning):
     """The position in the files survives, the duplicates, and the counts; to clean, the workers are processes."""
-    words = random.Random(5).choices([f'word{i}' for i in range(5000)], k=500_000)
-    texts = [' '.join(words[i:i + 100]) for i in range(0, 500_000, 100)]
+    words = random.Random(5).choices([f'word{i}' for i in range(5000)], k=250_000)
+    texts = [' '.join(words[i:i + 100]) for i in range(0, 250_000, 100)]
     (tmp_path / 'raw').mkdir()
-    for i in range(3):      # of 2,000 texts, the first 500 of each file are the last of the one before
-        pyarrow.parquet.write_table(pyarrow.table({'text': texts[i * 1500:][:2000]}), tmp_path / f'raw/{i}.parquet',
-                                    row_group_size=300)
+    for i in range(3):      # of 1,000 texts, the first 250 of each file are the last of the one before
+        pyarrow.parquet.write_table(pyarrow.table({'text': texts[i * 750:][:1000]}), tmp_path / f'raw/{i}.parquet',
+                                    row_group_size=150)
     where = f'--dataset={tmp_path}/raw' if source == 'hub' else f'--data_files={tmp_path}/raw/*'
     args = [where, '--tokenizer=bytes', *cleaning]
-    run('prepare_fineweb.py', f'--out_dir={tmp_path}/whole', '--shard_size=50_000', *args)
-    killed('prepare_fineweb.py', tmp_path / 'killed', *args, shard_size=50_000, times=3, shards=40, pause=0.01)
+    run('prepare_fineweb.py', f'--out_dir={tmp_path}/whole', '--shard_size=25_000', *args)
+    killed('prepare_fineweb.py', tmp_path / 'killed', *args, shard_size=25_000, times=3, shards=40, pause=0.01)
     assert files_of(tmp_path / 'killed') == files_of(tmp_path / 'whole')
     counts = json.loads((tmp_path / 'whole/meta.json').read_text())['documents']
-    assert counts['in'] == 6000 and counts.get('duplicate', 0) == 1000 * len(cleaning)
+    assert counts['in'] == 3000 and counts.get('duplicate', 0) == 500 * len(cleaning)
 
 
 def test_workers_die_with_their_parent(tmp_path):
