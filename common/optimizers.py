@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         group, = self.param_groups
         lr, momentum, beta2 = group['lr'], group['momentum'], group['beta2']
-        skip = getattr(self, 'found_inf', None)
+        skip = torch.zeros(()) if getattr(self, 'found_inf', None) is None else self.found_inf
         for (_, rows), params in self.stacks.items():
             for p in params:
                 if not self.state[p]:
@@ -140,13 +140,10 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]['row_squares'] = torch.full_like(p[:, :1], RMS**2)  # their average
             here, grads = [to_local(p) for p in params], [to_local(p.grad) for p in params]
             momenta = [to_local(self.state[p]['momentum']) for p in params]
-            decay, keep = momentum, 1.0
-            if skip is not None:
-                keep = 1 - skip.to(here[0].device)  # 0 in a step that is skipped
-                decay = torch.where(keep == 0, 1.0, momentum)
-                for grad in grads:
-                    grad.masked_fill_(keep == 0, 0)  # it may not be finite
-            torch._foreach_mul_(momenta, decay)
+            keep = 1 - skip.to(here[0].device)  # 0 in a step that is skipped
+            for grad in grads:
+                grad.masked_fill_(keep == 0, 0)  # it may not be finite
+            torch._foreach_mul_(momenta, torch.where(keep == 0, 1.0, momentum))
             torch._foreach_add_(momenta, grads, alpha=1 - momentum)
             updates = torch._foreach_lerp(grads, momenta, momentum)  # Nesterov's look ahead
             stack = torch.stack(updates).to(self.dtype)  # (n, rows, columns), this process's rows; rough will do
@@ -154,14 +151,12 @@ class Muon(torch.optim.Optimizer):
             if beta2:
                 squares = [to_local(self.state[p]['row_squares']) for p in params]
                 norms = torch.linalg.vector_norm(stack, dim=2, keepdim=True, dtype=torch.float32)  # (n, rows, 1)
-                means = norms.square() / stack.size(2)
-                if skip is not None:
-                    means = torch.where(keep == 0, torch.stack(squares), means)
+                means = torch.where(keep == 0, torch.stack(squares), norms.square() / stack.size(2))
                 torch._foreach_lerp_(squares, list(means), 1 - beta2)
                 stack *= RMS / (torch.stack(squares).sqrt() + 1e-8)
             for mine, update in zip(here, stack):
                 mine.mul_(1 - lr * group['weight_decay'] * keep)
-                mine.add_(update if skip is None else update * keep, alpha=-lr)
+                mine.add_(update * keep, alpha=-lr)
 
 
 def orthogonalize_parts(x, rows):
