@@ -73,12 +73,11 @@ DELTA = 1e-3  # of the Huber loss: residuals of log L beyond it count linearly, 
 
 
 def fit(n, d, loss, start=None, steps=100):
-    """The Law of runs with n parameters, d tokens and a final loss, all (R,): approach 3, the least Huber loss on log L
-    from a grid of starts. loss may be (…, R), and the law is then (…). start: a law near it, instead of the grid.
+    """The Law of runs with n parameters, d tokens and a final loss, float64 (R,) each: approach 3, the least Huber loss
+    on log L from a grid of starts. loss may be (…, R), and the law is then (…). start: a law near it, not the grid.
 
     Levenberg-Marquardt on reweighted squares where the paper has L-BFGS: it takes thousands of fits in one batch.
     """
-    n, d, loss = (torch.as_tensor(x, dtype=torch.float64) for x in (n, d, loss))
     log_n, log_d, target = n.log(), d.log(), loss.log()
     at_n, at_d = log_n.mean(), log_d.mean()  # A and B are fitted as terms there, which hardly depend on the exponents
     x, y = log_n - at_n, log_d - at_d
@@ -90,7 +89,7 @@ def fit(n, d, loss, start=None, steps=100):
         theta = torch.stack((least + share.log(), half, alpha, half, beta), dim=-1)
         target = target[..., None, :]
     else:
-        E, A, alpha, B, beta = (torch.as_tensor(value, dtype=torch.float64) for value in astuple(start))
+        E, A, alpha, B, beta = astuple(start)
         theta = torch.stack((E.log(), A.log() - alpha * at_n, alpha, B.log() - beta * at_d, beta), dim=-1)  # (…, 5)
 
     def evaluate(theta):
@@ -125,16 +124,15 @@ def fit(n, d, loss, start=None, steps=100):
     return Law(e.exp(), (a + alpha * at_n).exp(), alpha, (b + beta * at_d).exp(), beta)
 
 
-def resample(n, d, loss, law, times=200, seed=0):
+def resample(n, d, loss, law, times):
     """(laws, noise): `times` laws (…, times) fitted to runs whose losses are law's and residuals drawn with
     replacement, and as many such residuals, in nats of log L. law: fit(n, d, loss)."""
-    n, d, loss = (torch.as_tensor(x, dtype=torch.float64) for x in (n, d, loss))
     wide = Law(*(x[..., None] for x in astuple(law)))
     fitted = wide.loss(n, d)  # (…, R)
     R = loss.size(-1)
     residuals = (loss / fitted).log() * (R / (R - 5))**0.5  # five numbers have taken their share of the scatter
     residuals = residuals - residuals.mean(dim=-1, keepdim=True)
-    draws = torch.randint(R, (*loss.shape[:-1], times * (R + 1)), generator=torch.Generator().manual_seed(seed))
+    draws = torch.randint(R, (*loss.shape[:-1], times * (R + 1)), generator=torch.Generator().manual_seed(0))
     draws = residuals.gather(-1, draws).unflatten(-1, (times, R + 1))
     start = Law(*(x.expand(draws.shape[:-1]) for x in astuple(wide)))
     return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start, steps=40), draws[..., R]
