@@ -14,7 +14,7 @@ import glob
 import json
 import math
 import os
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configurator import UserError, configure, settings_of
@@ -152,8 +152,7 @@ def draw(path, fitted, unseen, law, predictions):
             axis.plot([at, at], [low, high], '_-', color='#D55E00', linewidth=1.5, markersize=10, markeredgewidth=1.5,
                       label='90% interval of a run held out' if run is unseen[0] and axis is by_d else None)
             axis.plot(at, run.loss, marker[run.n], markerfacecolor='white', markeredgecolor=color[run.n], markersize=5)
-        axis.set_xscale('log')
-        axis.set_yscale('log')
+        axis.set(xscale='log', yscale='log')
         values = [getattr(run, name) for run in shown]
         wide = max(values) > 30 * min(values)
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if wide else (1, 2, 5)))
@@ -164,7 +163,7 @@ def draw(path, fitted, unseen, law, predictions):
         axis.tick_params(which='both', labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
-    losses = [run.loss for run in shown] + [x for _, numbers in zip(unseen, predictions) for x in numbers]
+    losses = [run.loss for run in shown] + [x for numbers in predictions for x in numbers]
     by_flops.set_ylim(min(losses) / 1.08, max(losses) * 1.15)
     by_flops.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
     by_flops.yaxis.set_major_formatter('{x:.3g}')
@@ -220,22 +219,24 @@ def main():
             print(f'{name} differs between these runs: their validation losses are not of the same tokens')
     found = sorted((run for run, _ in found), key=lambda run: run.flops)
     fitted, unseen = found[:len(found) - hold_out], found[len(found) - hold_out:]
-    if len(fitted) < 8 or len({run.n for run in fitted}) < 3 or len({run.d for run in fitted}) < 3:
+    n_sizes, n_counts = len({run.n for run in fitted}), len({run.d for run in fitted})
+    if len(fitted) < 8 or n_sizes < 3 or n_counts < 3:
         raise UserError(f'a law of five numbers needs at least 8 runs of 3 sizes and 3 token counts, and there are '
-                        f'{len(fitted)} of {len({run.n for run in fitted})} and {len({run.d for run in fitted})} '
-                        f'beside the {len(unseen)} that hold_out={hold_out} leaves for the prediction')
+                        f'{len(fitted)} of {n_sizes} and {n_counts} beside the {len(unseen)} that hold_out={hold_out} '
+                        'leaves for the prediction')
 
     data = [torch.tensor([getattr(run, name) for run in fitted], dtype=torch.float64) for name in ('n', 'd', 'loss')]
     law = laws.fit(*data)
     resampled, noise = laws.resample(*data, law, resamples)
-    intervals = {name: laws.interval(getattr(resampled, name)).tolist() for name in asdict(law)}
+    intervals = {name: laws.interval(values).tolist() for name, values in asdict(resampled).items()}
     exponent = laws.interval(resampled.beta / (resampled.alpha + resampled.beta)).tolist()
-    E, A, alpha, B, beta = map(float, astuple(law))
+    numbers = {name: float(value) for name, value in asdict(law).items()}
+    E, A, alpha, B, beta = numbers.values()
     print(f'\n{len(fitted)} runs, {short(min(data[0]))} to {short(max(data[0]))} parameters, '
           f'{short(min(data[1]))} to {short(max(data[1]))} tokens')
     print(f'L = {E:.3f} + {A:.4g}/N^{alpha:.3f} + {B:.4g}/D^{beta:.3f}')
     for name, (low, high) in intervals.items():
-        print(f'  {name:5} {float(getattr(law, name)):8.4g}   90% interval {low:.3g} to {high:.3g}')
+        print(f'  {name:5} {numbers[name]:8.4g}   90% interval {low:.3g} to {high:.3g}')
     if E < 0.01 * min(data[2]):
         print('  these runs cannot tell E from 0: that takes longer runs of larger models')
     print(f'  compute-optimal N ~ C^{beta / (alpha + beta):.2f} ({exponent[0]:.2f} to {exponent[1]:.2f}), '
@@ -251,9 +252,8 @@ def main():
         print(f'{short(n)} parameters, {short(d)} tokens: {expected:.4f} expected, '
               f'90% interval {low:.4f} to {high:.4f}')
 
-    result = {'law': {name: float(value) for name, value in asdict(law).items()}, 'intervals': intervals,
-              'flops': [fitted[0].flops, fitted[-1].flops], 'runs': [asdict(run) for run in found],
-              'hold_out': hold_out}
+    result = {'law': numbers, 'intervals': intervals, 'flops': [fitted[0].flops, fitted[-1].flops],
+              'runs': [asdict(run) for run in found], 'hold_out': hold_out}
     path = os.path.join(out_dir, 'scaling.json')
     save(path, lambda f: f.write(json.dumps(result, indent=1).encode() + b'\n'))
     written = [path]
