@@ -13,7 +13,6 @@ The final validation losses are compared pair by pair, by Student's t, after 3, 
 none does, it claims one that isn't there in at most 5 of 100 cases. They are repeated confidence intervals (Jennison
 and Turnbull 1989, J. R. Statist. Soc. B 51:305) with Bonferroni's inequality.
 """
-import itertools
 import math
 import os
 import shlex
@@ -168,23 +167,23 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
     files.lock(out_dir).release()  # raises unless it can be written
     names = [f'{name} {first[name]} and {second[name]}' for name in differing(first, second)]
     print(f'{a} and {b} differ in {some(names) or "no setting"}; {out_dir}/*/output.txt shows the runs', flush=True)
-    folders, logs, differences = {a: [], b: []}, {a: [], b: []}, []
+    folders, logs, differences = [], {a: [], b: []}, []
     pool = ThreadPoolExecutor(jobs)
     try:
         for look in (look for look in LOOKS if look <= seeds):
-            runs = {seed: [(Path(out_dir, f'{name}-seed{seed}'), arguments, config, seed)
-                           for name, arguments, config in sides] for seed in range(len(differences) + 1, look + 1)}
-            for folder, _, config, _ in itertools.chain(*runs.values()):
+            new = range(len(differences) + 1, look + 1)
+            runs = [(Path(out_dir, f'{name}-seed{seed}'), arguments, config, seed)
+                    for seed in new for name, arguments, config in sides]
+            for folder, _, config, _ in runs:
                 finished(folder, config)  # raises before anything is run
-            pairs = {seed: [pool.submit(train, *run, jobs) for run in pair] for seed, pair in runs.items()}
-            for seed, pair in pairs.items():
-                for name, run, (folder, *_) in zip((a, b), pair, runs[seed]):
-                    folders[name].append(folder)
-                    logs[name].append(run.result())
-                losses = [final_loss(logs[name][-1]) for name in (a, b)]
-                differences.append(losses[1] - losses[0])
-                print(f'seed {seed}: {a} {losses[0]:.4f}, {b} {losses[1]:.4f}, difference {differences[-1]:+.4f}',
-                      flush=True)
+            results = pool.map(lambda run: train(*run, jobs), runs)
+            for seed, x, y in zip(new, results, results):  # two at a time
+                logs[a].append(x)
+                logs[b].append(y)
+                differences.append(final_loss(y) - final_loss(x))
+                print(f'seed {seed}: {a} {final_loss(x):.4f}, {b} {final_loss(y):.4f}, '
+                      f'difference {differences[-1]:+.4f}', flush=True)
+            folders += [folder for folder, *_ in runs]
             mean, half = interval(differences)
             print(f'after {look} seeds: difference {mean:+.4f}, 95% interval {mean - half:+.4f} to {mean + half:+.4f}',
                   flush=True)
@@ -200,7 +199,7 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
     print(ratios(a, b, logs), verdict(differences, a, b), sep='\n', flush=True)
     try:
         picture = Path(out_dir, f'{a}_vs_{b}.png')
-        plot.curves(folders[a] + folders[b], picture, labels=[a] * len(differences) + [b] * len(differences))
+        plot.curves(folders, picture, labels=[a, b] * len(differences))
         print(picture)
     except UserError as error:
         print(error)
