@@ -85,8 +85,8 @@ def check_settings(config, processes):
     """(tokens in a step, text)"""
     device = pick_device(device_for(config, processes))
     steps, batch_size, note = distributed.divide_step(config, given, processes)
-    text = f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens, {device}'
-    text += f', {pick_dtype(config["dtype"], device)}' + f' ({note})' * bool(note)
+    text = (f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens, {device}, '
+            f'{pick_dtype(config["dtype"], device)}' + f' ({note})' * bool(note))
     return steps * batch_size * config['block_size'] * processes, text
 
 
@@ -205,8 +205,7 @@ def narrow(config, gpt, processes, items, folder):
         small['hellaswag_limit'] = min(items, max(4, processes))
     if small['device'] == 'cpu':
         small['backend'] = 'auto'
-    changes = {name: value for name, value in small.items() if value != config[name]}
-    return [*(f'--{name}={value}' for name, value in changes.items()),
+    return [*(f'--{name}={value}' for name, value in small.items() if value != config[name]),
             f'--total_batch_size={4 * block_size * processes}']  # given last, it decides how a step is divided
 
 
