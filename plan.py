@@ -31,7 +31,6 @@ fit = ''  # with budget: by a law of your own too, the scaling.json that scaling
 # -----------------------------------------------------------------------------
 
 USABLE = 0.9  # usable fraction of a GPU's memory; the rest: CUDA's context, buffers, fragmentation
-GB = 1e9
 
 
 def empty_model(config):
@@ -148,15 +147,15 @@ def report(config):
         f'compute               {flops:.3g} FLOPs, {model.flops_per_token():.3g} a token (6 a weight, and attention)',
         f'loss to expect        {expected}', '',
         f'memory of each of {gpus} GPUs ({layout}), in GB',
-        *(f'  {part:<20}{size / GB:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
-        f'  {"together":<20}{sum(parts.values()) / GB:11.3g}',
+        *(f'  {part:<20}{size / 1e9:11.3g}' + '  (about)' * (part == 'activations') for part, size in parts.items()),
+        f'  {"together":<20}{sum(parts.values()) / 1e9:11.3g}',
         *['  (without the teacher: its weights, and both models\' logits)'] * bool(config['teacher']), '',
         f'on {gpus} GPUs at {config["mfu"]:.0%} of their peak, {config["gpu_hour_price"]:.2f} a GPU-hour',
         f'  {"":<12}{"GB":>5}{"hours":>13}{"GPU-hours":>15}{"cost":>15}  does it fit?']
     options = remedies(model, config, gpus)
     for gpu, (peak, size) in GPUS.items():
         hours = flops / (peak * config['mfu']) / 3600
-        change = remedy(options, USABLE * size * GB)
+        change = remedy(options, USABLE * size * 1e9)
         fit = ('no: more GPUs with --parallel=fsdp, or a smaller model' if change is None
                else f'with {change}' if change else 'yes')
         lines.append(f'  {gpu:<12}{size:>5}{hours / gpus:>13,.1f}{hours:>15,.1f}'
