@@ -71,10 +71,10 @@ config = configure(globals())
 # processes, device, model
 
 device = distributed.init(device, backend, dist_timeout)
-distributed.check_layout(parallel, 1, False, False)
+distributed.check_layout(parallel)
 rank, processes = distributed.rank, distributed.world_size
-for name, files_of_it in ('pairs', pairs), ('val_pairs', val_pairs):
-    if not files_of_it:
+for name in 'pairs', 'val_pairs':
+    if not config[name]:
         raise UserError(f'{name} is empty: it names jsonl files of prompt, chosen and rejected')
 dtype = pick_dtype(dtype, device)
 torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it

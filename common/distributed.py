@@ -178,7 +178,7 @@ def shutdown():
 # -----------------------------------------------------------------------------
 # how the model lies on the devices
 
-def check_layout(layout, replicas, cpu_offload, sharded_checkpoints, planned=0):
+def check_layout(layout, replicas=1, cpu_offload=False, sharded_checkpoints=False, planned=0):
     """Raise UserError if these settings make no layout for these processes, or for as many as are planned."""
     if layout != 'fsdp' and (replicas != 1 or cpu_offload or sharded_checkpoints):
         raise UserError(f'replicas, cpu_offload and sharded_checkpoints need --parallel=fsdp, and parallel is {layout}')
@@ -641,9 +641,8 @@ def describe(error):
         return (f'out of memory on rank {rank}: halve batch_size (the step stays the same, unless '
                 'gradient_accumulation_steps is fixed), or try --activation_checkpointing=True, or --parallel=fsdp on '
                 f'several GPUs. {text}')
-    if not dist.is_initialized():
-        return None
-    if isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text:
+    if dist.is_initialized() and (
+            isinstance(error, dist.DistError) or 'gloo' in text.lower() or 'Connection' in text):
         return f'rank {rank} lost its connection to the other processes; one has probably died: {text}'
     return None
 
