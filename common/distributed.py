@@ -10,8 +10,8 @@ they are imported where they are used.
 import inspect
 import ipaddress
 import math
+import multiprocessing.connection
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -572,20 +572,18 @@ def watchdog(timeout, parent):
     operations a process.
     """
     interval = min(10, timeout / 10)
-    selector, agent = selectors.DefaultSelector(), 'TORCHELASTIC_RUN_ID' in os.environ
-    for other, connection in neighbours:
-        selector.register(connection, selectors.EVENT_READ, other)
+    agent, watched = 'TORCHELASTIC_RUN_ID' in os.environ, {connection: other for other, connection in neighbours}
     alarm, alarm_time, look_time, verdict = 0, -math.inf, 0, None  # verdict: when to count the answers to our alarm
     try:
         while not ended:
-            for key, _ in selector.select(min(1, interval)):
+            for connection in multiprocessing.connection.wait(watched, min(1, interval)):
                 try:
-                    alive = key.fileobj.recv(1)  # shutdown() sends a byte
+                    alive = connection.recv(1)  # shutdown() sends a byte
                 except OSError:
                     alive = b''
+                other = watched.pop(connection)
                 if not alive and not ended:
-                    abort(f'{named([key.data], hosts(store))} has died; aborting')
-                selector.unregister(key.fileobj)
+                    abort(f'{named([other], hosts(store))} has died; aborting')
             if agent and os.getppid() != parent:
                 abort('torchrun has ended; aborting', grace=0)  # its successor may be training already
             now = time.monotonic()
