@@ -22,17 +22,13 @@ def configure_optimizers(model, optimizer, learning_rate, weight_decay, betas, e
         raise ValueError(f'optimizer={optimizer} is not one of adamw, muon')
     if optimizer == 'muon' and model.config.lora_rank:
         raise ValueError('optimizer=muon is for whole matrices: lora_rank needs --optimizer=adamw')
-    groups, matrices = {}, {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if optimizer == 'muon' and '.h.' in name and p.dim() == 2:
-            matrices[name] = p
-        else:
-            decay = weight_decay if p.dim() >= 2 else 0.0
-            groups.setdefault(decay, {'params': [], 'weight_decay': decay})['params'].append(p)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in trained.items() if optimizer == 'muon' and '.h.' in name and p.dim() == 2}
+    rest = [p for name, p in trained.items() if name not in matrices]
+    groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
     fused = next(model.parameters()).device.type in ('cuda', 'cpu')  # all parameters in one kernel
-    optimizers = [torch.optim.AdamW(list(groups.values()), lr=learning_rate, betas=betas, eps=eps, fused=fused)]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)]
     if matrices:
         c = model.config
         # each head's queries, keys or values are a matrix of their own, and so are SwiGLU's gate and what it gates
@@ -62,7 +58,7 @@ def step(optimizers, skip=None):
             device = to_local(optimizer.param_groups[0]['params'][0]).device
             optimizer.found_inf = None if skip is None else skip.float().to(device)
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 class SkipRule:
