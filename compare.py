@@ -153,13 +153,10 @@ def verdict(differences, a, b):
     return f'no difference shown; {more} more seeds would show one of this size'
 
 
-def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
-    """Train and compare two configurations, and print the result; returns the paired differences b - a of their
-    validation losses.
-
-    `texts` are the two sides as on the command line, `common` is a list of --name=value for both. Raises UserError for
-    a mistake in a setting, and for a run that fails, diverges, or was made with other settings.
-    """
+def compare(texts, common, seeds, jobs, out_dir):
+    """Train and compare two configurations, and print the result. texts: the two sides as on the command line; common:
+    a list of --name=value for both. Raises UserError for a mistake in a setting, and for a run that fails, diverges, or
+    was made with other settings."""
     sides = [side(text, common) for text in texts]
     (a, _, first), (b, _, second) = sides
     if a == b:
@@ -203,7 +200,6 @@ def compare(texts, common=(), seeds=5, jobs=1, out_dir='out-compare'):
         print(picture)
     except UserError as error:
         print(error)
-    return differences
 
 
 if __name__ == '__main__':
