@@ -24,7 +24,7 @@ folder = ''  # the folder to write
 dtype = 'float32'  # of the weights in it; or 'bfloat16', 'float16'
 html = ''  # write this page instead: weights, tokenizer and JavaScript in one file
 html_dtype = 'int8'  # of the weights in it; or 'float16'
-config = configure(globals())
+configure(globals())
 # -----------------------------------------------------------------------------
 
 if bool(folder) == bool(html):
