@@ -183,7 +183,6 @@ def save(path, write):
 
 
 def main():
-    known = settings_of(TRAIN)
     given = configure(globals(), 'train.py')
     try:
         targets = [(float(n), float(d)) for n, d in (pair.split(':') for pair in predict.split(',') if pair.strip())]
@@ -213,7 +212,7 @@ def main():
         for error in problems:
             print(f'left out: {error}')
     else:
-        found = train_grid({name: given[name] for name in known})
+        found = train_grid({name: given[name] for name in settings_of(TRAIN)})
     for name in 'dataset', 'eval_iters', 'batch_size', 'block_size':
         if len({config[name] for _, config in found}) > 1:
             print(f'{name} differs between these runs: their validation losses are not of the same tokens')
