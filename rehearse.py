@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from common import checkpoint, convert, distributed, log
 from common.device import pick_device, pick_dtype
 from data.dataset import Split
 from data.loader import Loader, parse_mixture
-from data.tokenizer import CHATML, get_tokenizer, tokenizer_name
-from model import GPT, GPTConfig
+from data.tokenizer import get_tokenizer
+from model import GPT
 
 # -----------------------------------------------------------------------------
 processes = 0  # that the run has on each machine; 0: one for each GPU here, or as few as its layout allows
@@ -107,23 +107,10 @@ def check_tokenizer(data):
 def check_model(config, tokenizer):
     """(the run's GPTConfig, text)"""
     source = checkpoint.resolve(config['init_from'], config['out_dir'])
-    path, vocabulary = checkpoint.resume_path(source, config['out_dir']), tokenizer.name
-    if source == 'scratch':
-        gpt = plan.empty_model(config).config
-    elif path:
-        saved = checkpoint.load(path, resume=True)
-        checkpoint.compare_settings(saved, path, config, given)
-        gpt, vocabulary = GPTConfig(**saved['model_args']), tokenizer_name(saved['tokenizer'])
-    else:
-        model, vocabulary = checkpoint.pretrained(source)
-        gpt, vocabulary = model.config, tokenizer_name(vocabulary)
-        if vocabulary + CHATML == tokenizer.name:  # train.py adds the two tokens
-            gpt, vocabulary = replace(gpt, vocab_size=max(gpt.vocab_size, tokenizer.vocab_size)), tokenizer.name
-    if vocabulary != tokenizer.name:
-        raise UserError(f'{config["dataset"]} is tokenized with {tokenizer.name}, but the weights of '
-                        f'{config["init_from"]} were trained on {vocabulary} tokens')
-    n = empty(gpt).get_num_params(non_embedding=False)
-    return gpt, f'{n:,} parameters' + f', from {path or source}' * (source != 'scratch')
+    with torch.device('meta' if source == 'scratch' else 'cpu'):
+        model, _, path = checkpoint.initial_model(dict(config), given, tokenizer, tokenizer.vocab_size)
+    n = model.get_num_params(non_embedding=False)
+    return model.config, f'{n:,} parameters' + f', from {path or source}' * (source != 'scratch')
 
 
 def empty(gpt):

@@ -213,8 +213,9 @@ def main():
             print(f'left out: {error}')
     else:
         found = train_grid({name: given[name] for name in settings_of(TRAIN)})
-    for name in 'dataset', 'eval_iters', 'batch_size', 'block_size':
-        if len({config[name] for _, config in found}) > 1:
+    by_batches = any(config['eval_iters'] for _, config in found)
+    for name in 'dataset', 'block_size', *(('eval_iters', 'batch_size') if by_batches else ('eval_tokens',)):
+        if len({config.get(name) for _, config in found}) > 1:
             print(f'{name} differs between these runs: their validation losses are not of the same tokens')
     found = sorted((run for run, _ in found), key=lambda run: run.flops)
     fitted, unseen = found[:len(found) - hold_out], found[len(found) - hold_out:]

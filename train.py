@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import timedelta
 
 from configurator import UserError, configure, given, unused
@@ -23,12 +23,11 @@ from configurator import UserError, configure, given, unused
 import torch
 
 import hellaswag
-from common import checkpoint, distributed, files, log, lora, objectives, optimizers
+from common import checkpoint, distributed, files, log, objectives, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
 from data.loader import Loader
 from data.tokenizer import get_tokenizer, to_record
-from model import GPT, GPTConfig
 from plot import redraw
 
 # -----------------------------------------------------------------------------
@@ -160,29 +159,8 @@ ckpt_path = os.path.join(out_dir, checkpoint.NAME)
 saving = distributed.master and not eval_only  # this process writes into out_dir
 lock = files.lock(out_dir, timeout=30 if init_from == 'auto' else 0) if saving and os.path.isdir(out_dir) else None
 
-
-def get_model():
-    """(GPT on the CPU, the checkpoint to resume or None, its path), as init_from says."""
-    source = checkpoint.resolve(init_from, out_dir)
-    if source == 'scratch':
-        if lora_rank:
-            raise UserError(f'lora_rank={lora_rank} adapts trained weights: name them with --init_from')
-        args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
-        args |= {'vocab_size': train_data.vocab_size, 'causal': objective != 'mlm'}
-        return GPT(GPTConfig(**args)), None, ''
-    path, resumed = checkpoint.resume_path(source, out_dir), None
-    if path:
-        resumed = checkpoint.resume(path, config, given)
-        model, vocabulary = checkpoint.model_from(resumed, dropout=dropout), resumed['tokenizer']
-    else:
-        model, vocabulary = checkpoint.pretrained(source, dropout=dropout)
-        lora.add(model, lora_rank, lora_alpha)
-    checkpoint.fit(model, vocabulary, tokenizer, config, given, path)
-    return model, resumed, path or ''
-
-
 try:
-    model, resumed, resumed_path = get_model()
+    model, resumed, resumed_path = checkpoint.initial_model(config, given, tokenizer, train_data.vocab_size)
     model.activation_checkpointing = activation_checkpointing
     compiled = pick_compile(compile, device, print0)
     train_model = distributed.wrap(model, device, parallel, dtype, replicas, cpu_offload, compiled)

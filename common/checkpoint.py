@@ -436,6 +436,30 @@ def add_shards(checkpoint, path):
         checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
 
 
+def initial_model(config, given, tokenizer, vocab_size):
+    """(GPT on the CPU, the checkpoint to resume or None, its path or ''), as init_from says, for a run of train.py.
+
+    config, given: as for resume, which updates config. vocab_size: of the run's data, for a model from scratch.
+    Raises UserError for settings that don't fit the weights, and ValueError for those that make no model.
+    """
+    from model import GPT, GPTConfig
+    source = resolve(config['init_from'], config['out_dir'])
+    if source == 'scratch':
+        if config['lora_rank']:
+            raise UserError(f'lora_rank={config["lora_rank"]} adapts trained weights: name them with --init_from')
+        args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+        return GPT(GPTConfig(**args, vocab_size=vocab_size, causal=config['objective'] != 'mlm')), None, ''
+    path, resumed = resume_path(source, config['out_dir']), None
+    if path:
+        resumed = resume(path, config, given)
+        model, vocabulary = model_from(resumed, dropout=config['dropout']), resumed['tokenizer']
+    else:
+        model, vocabulary = pretrained(source, dropout=config['dropout'])
+        lora.add(model, config['lora_rank'], config['lora_alpha'])
+    fit(model, vocabulary, tokenizer, config, given, path)
+    return model, resumed, path or ''
+
+
 def model_from(checkpoint, **overrides):
     """The GPT that a checkpoint holds, on the CPU. overrides: GPTConfig fields that change no weight."""
     from model import GPT, GPTConfig

@@ -452,14 +452,15 @@ def first_then_all(function):
 def in_background(function, *args):
     """Start function(*args) in a thread, after what was started before. Returns its future."""
     global pending
-    pending = background.submit(on_device, function, *args)
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    pending = background.submit(on_gpu, gpu, function, *args)
     return pending
 
 
-def on_device(function, *args):
-    if not torch.cuda.is_initialized():
+def on_gpu(gpu, function, *args):
+    if gpu is None:
         return function(*args)
-    torch.cuda.set_device(local_rank)  # each thread starts with GPU 0
+    torch.cuda.set_device(gpu)  # each thread starts with GPU 0
     with torch.cuda.stream(torch.cuda.Stream()):  # writing shards waits for its stream, which is not the training's
         return function(*args)
 

@@ -213,11 +213,14 @@ def test_weights_that_read_a_tokenizer_json(tmp_path, monkeypatch):
     own.train_from_iterator(['some text'] * 9, vocab_size=260, special_tokens=['<|endoftext|>'], show_progress=False)
     own.save(str(path))
     model = GPT(GPTConfig(block_size=8, vocab_size=261, n_layer=1, n_head=1, n_embd=8))
-    monkeypatch.setattr(rehearse.checkpoint, 'pretrained', lambda source: (model, str(path)))
-    config = {'init_from': 'gpt', 'out_dir': str(tmp_path), 'dataset': 'own'}
+    monkeypatch.setattr(rehearse.checkpoint, 'pretrained', lambda source, dropout: (model, str(path)))
+    config = settings_of(ROOT / 'train.py') | {'init_from': 'gpt', 'dataset': 'own', 'block_size': 8}
     assert rehearse.check_model(config, get_tokenizer(str(path)))[0] == model.config
-    with pytest.raises(UserError, match='own is tokenized with bytes, but the weights of gpt were trained on tokenizer.json'):
+    with pytest.raises(UserError, match='own is tokenized with bytes, but the weights were trained on tokenizer.json'):
         rehearse.check_model(config, get_tokenizer('bytes'))
+    monkeypatch.setitem(rehearse.given, 'n_layer', '--n_layer=3')  # which train.py refuses
+    with pytest.raises(UserError, match='--n_layer=3: the weights have n_layer=1, not 3'):
+        rehearse.check_model(config | {'n_layer': 3}, get_tokenizer(str(path)))
 
 
 def test_the_line_that_train_py_printed(tmp_path):
