@@ -223,7 +223,7 @@ while True:
                                          distributed.stop_signal > 0, device=device)
     skip = skip_rule(numbers[0], numbers[3])
     lr = learning_rate * min(1, (step + 1) / (warmup_iters + 1))
-    optimizers.set_lr(opts, lr)
+    optimizers.schedule(opts, lr, step)
     optimizers.step(opts, skip)
     scaler.update()
     step, drawn, skipped = step + 1, drawn + pairs_per_step, skipped + skip.item()

@@ -423,7 +423,7 @@ while True:
                                          distributed.stop_signal > 0, device=device)
     skip = skip_rule(*numbers[:2])
     lr = get_lr(step)
-    optimizers.set_lr(opts, lr)
+    optimizers.schedule(opts, lr, step)
     optimizers.step(opts, skip)
     scaler.update()
     step += 1

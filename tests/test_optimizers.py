@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from common.optimizers import Muon, SkipRule, configure_optimizers, orthogonalize, step
+from common.optimizers import Muon, SkipRule, configure_optimizers, orthogonalize, schedule, step
 
 TINY = dict(block_size=16, vocab_size=257, n_layer=2, n_head=4, n_embd=64)
 
@@ -148,3 +148,11 @@ def test_a_spike_of_the_loss_alone_is_one_too(loss, norm, spike):
     past = [2.0 + 0.01 * (i % 5) for i in range(100)]
     rule = SkipRule(6.0, 'cpu', {'losses': past, 'norms': [x - 1 for x in past]})
     assert bool(rule(torch.tensor(loss), torch.tensor(norm))) == spike
+
+
+def test_the_momentum_of_muon_rises_with_the_step():
+    adamw, muon = configure_optimizers(GPT(GPTConfig(**TINY)), 'muon', 1e-3, 0.1, (0.9, 0.95))
+    for number, momentum in (0, 0.85), (150, 0.9), (300, 0.95), (9000, 0.95):
+        schedule([adamw, muon], 0.01 * number, number)
+        assert muon.param_groups[0]['momentum'] == pytest.approx(momentum)
+        assert all(group['lr'] == 0.01 * number for opt in (adamw, muon) for group in opt.param_groups)
