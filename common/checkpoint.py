@@ -127,7 +127,7 @@ def write(checkpoint, out_dir, best, keep):
               + (f'the previous checkpoint is kept ({path})' if path.exists() else 'there is none yet'),
               file=sys.stderr, flush=True)
         return False
-    for _, path in [*files.numbered(out_dir, step)][keep:] if keep else []:
+    for path in files.numbered(out_dir, step)[keep:] if keep else []:
         warn_if_failed('removed', path, Path.unlink)
     if 'shards' in checkpoint:
         warn_if_failed('cleared of unused shards', out_dir, remove_unused_shards)
@@ -241,9 +241,7 @@ def find_damage(path):
 def alternative(path):
     """How to use the newest whole checkpoint beside one that is missing or damaged; '' if there is none."""
     folder = Path(path).parent
-    archived = sorted((path for path in folder.glob(f'*.{NAME}') if path.name.split('.')[0].isdecimal()),
-                      key=lambda path: -int(path.name.split('.')[0]))
-    for other in *(path for _, path in files.numbered(folder)), *archived:
+    for other in files.numbered(folder) + files.numbered(folder, name=r'(\d+)\.ckpt\.pt'):
         if other != Path(path) and not find_damage(other):
             return f'--init_from=resume:{other} takes the newest whole one'
     return ''

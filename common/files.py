@@ -56,10 +56,11 @@ def copy(source, path):
             shutil.copyfileobj(old, new, 1 << 20)
 
 
-def numbered(out_dir, last=math.inf):
-    """[(step, path)] of the checkpoints ckpt_000250.pt and so on up to step `last`, the newest first."""
-    names = [(re.fullmatch(r'ckpt_(\d{6,})\.pt', path.name), path) for path in Path(out_dir).glob('ckpt_*.pt')]
-    return sorted(((int(name[1]), path) for name, path in names if name and int(name[1]) <= last), reverse=True)
+def numbered(folder, last=math.inf, name=r'ckpt_(\d{6,})\.pt'):
+    """The checkpoints ckpt_000250.pt and so on up to step `last`, the newest first. name: the pattern
+    of their names, the number in a group."""
+    numbers = {path: int(found[1]) for path in Path(folder).glob('*.pt') if (found := re.fullmatch(name, path.name))}
+    return sorted((path for path in numbers if numbers[path] <= last), key=numbers.get, reverse=True)
 
 
 def reason(error):

@@ -139,7 +139,7 @@ def archive_previous_run(out_dir, after=None):
     place, and so does the log, which is copied.
     """
     out_dir = Path(out_dir)
-    stay = {path for _, path in files.numbered(out_dir, after)} if after is not None else set()
+    stay = set(files.numbered(out_dir, after)) if after is not None else set()
     earlier = sorted({*out_dir.glob('ckpt*.pt'), *out_dir.glob('log.jsonl')} - stay)
     if after is None and any('ckpt' in path.name for path in earlier):
         earlier += out_dir.glob('tokenizer*.json')  # the checkpoints'
