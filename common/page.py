@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import files
+from data import atomic
 from data.errors import UserError
 from data.tokenizer import merges
 
@@ -49,13 +49,11 @@ def write(path, model, tokenizer, dtype='int8'):
               'rope': {'frequencies': frequencies.tolist(), 'factor': factor},
               'tensors': [(name, str(array.dtype), array.shape) for name, array in arrays], 'tokenizer': vocabulary,
               'parameters': f'{model.get_num_params() / 1e6:.2f}M'}
-    before, rest = template().split('HEADER', 1)
-    between, after = rest.split('WEIGHTS', 1)
     weights = base64.b64encode(b''.join(array.tobytes() for _, array in arrays)).decode()
-    content = ''.join((before, json.dumps(header).replace('<', r'\u003c'), between, weights, after)).encode()
+    content = template().replace('WEIGHTS', weights, 1)
+    content = content.replace('HEADER', json.dumps(header).replace('<', r'\u003c'), 1).encode()  # it comes first
     try:
-        with files.atomic_write(path) as f:
-            f.write(content)
+        atomic.write(path, content)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from None
     return len(content)
