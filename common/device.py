@@ -74,9 +74,7 @@ def pick_compile(compile, device, print=print):
 def fetch(x):
     """Start to copy a tensor to the host. Returns a function that waits for the copy, and gives it as a list."""
     copy = x.to('cpu', non_blocking=x.is_cuda)  # into pinned memory; mps has no event to wait for
-    arrived = torch.cuda.Event() if x.is_cuda else None
-    if arrived:
-        arrived.record()
+    arrived = torch.cuda.current_stream().record_event() if x.is_cuda else None
 
     def wait():
         if arrived:
