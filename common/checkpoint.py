@@ -37,20 +37,17 @@ SHARDS = re.compile(r'shards_\d{6,}')  # a folder in out_dir
 
 def random_state(device):
     """The state of this process's random number generators."""
-    state = {'cpu': torch.get_rng_state()}
-    if 'cuda' in device:
-        state['cuda'] = torch.cuda.get_rng_state(device)
-    if 'mps' in device:
-        state['mps'] = torch.mps.get_rng_state()
+    state, kind = {'cpu': torch.get_rng_state()}, torch.device(device).type
+    if kind != 'cpu':
+        state[kind] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_random_state(state, device):
-    torch.set_rng_state(state['cpu'].cpu())
-    if 'cuda' in device and 'cuda' in state:
-        torch.cuda.set_rng_state(state['cuda'].cpu(), device)
-    if 'mps' in device and 'mps' in state:
-        torch.mps.set_rng_state(state['mps'].cpu())
+    kind = torch.device(device).type
+    torch.set_rng_state(state['cpu'])
+    if kind != 'cpu' and kind in state:
+        torch.get_device_module(device).set_rng_state(state[kind], device)
 
 # -----------------------------------------------------------------------------
 # writing
