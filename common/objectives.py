@@ -114,7 +114,7 @@ def kl_divergence(logits, target, y, temperature=1.0):
     temperature, times its square, which keeps the size of the gradient (section 2 of the paper). A float32 scalar."""
     scored = y != -1
     log_p, log_q = (F.log_softmax(x.float() / temperature, dim=-1) for x in (target, logits))
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (B, T)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction='none').sum(dim=-1)  # (B, T)
     return temperature**2 * torch.where(scored, kl, 0).sum() / scored.sum().clamp(min=1)
 
 
