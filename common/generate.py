@@ -104,7 +104,7 @@ class Conversation:
                 yield answer[-1]
         finally:
             self.forget_after(idx.size(1) + len(answer) - 1 if answer else known)  # the last id was not read yet
-            ended = answer[-1:] in ([i] for i in end)
+            ended = bool(answer) and answer[-1] in end
             answer = answer[:-1] if ended else answer
             self.turns.append(question + answer + [self.tokenizer.im_end, *self.tokenizer.encode('\n').tolist()])
             self.note = '' if ended else f'… (cut at {limit} tokens)'
@@ -200,7 +200,7 @@ def left_padded(empty, S, T):
     return (columns[-T:] - empty).clamp(min=0), mask
 
 
-def check_sampling(temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+def check_sampling(temperature, top_k, top_p, min_p, repetition_penalty):
     """Raise ValueError, with one line that says what is allowed, if an argument of stream is outside its range."""
     for name, value, allowed, words in (
             ('temperature', temperature, 0 <= temperature < math.inf, 'at least 0'),
