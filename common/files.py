@@ -13,8 +13,6 @@ import filelock
 from data.atomic import atomic_write, remove_leftovers
 from data.errors import UserError
 
-LOCK = '.lock'  # in out_dir
-
 
 def lock(out_dir, timeout=0):
     """Make out_dir if need be, reserve it for this process, and remove what a killed run left half-written there.
@@ -25,7 +23,7 @@ def lock(out_dir, timeout=0):
     """
     if not str(out_dir):
         raise UserError('out_dir is empty: name a folder')
-    path = Path(out_dir, LOCK)
+    path = Path(out_dir, '.lock')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = path.read_text().strip() if path.is_file() else ''
