@@ -159,15 +159,14 @@ def archive_previous_run(out_dir, after=None):
     print(f'{out_dir} held an earlier run: its files are now called {n}.*', flush=True)
 
 
-def archive_or_rewind(out_dir, resumed_path='', step=0):
+def archive_or_rewind(out_dir, resumed_path, step):
     """Make out_dir ready for a new run, or for one that continues at this step from the checkpoint at resumed_path."""
     ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-    if not resumed_path or os.path.dirname(resumed_path) != os.path.dirname(ckpt_path):
-        archive_previous_run(out_dir)
-        return
+    continues = os.path.dirname(resumed_path or '') == os.path.dirname(ckpt_path)
     if resumed_path != ckpt_path:
-        archive_previous_run(out_dir, after=step)
-    rewind(os.path.join(out_dir, 'log.jsonl'), step)
+        archive_previous_run(out_dir, after=step if continues else None)
+    if continues:
+        rewind(os.path.join(out_dir, 'log.jsonl'), step)
 
 # -----------------------------------------------------------------------------
 # trackers
