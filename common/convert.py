@@ -267,8 +267,8 @@ def translate(name, family, config, theirs, biases):
     if config.n_layer > len(theirs):
         raise UserError(f'{name}: config.json has {config.n_layer} layers, and there are only {len(theirs)} weights')
     tensors = layout(family, config)
-    expected = {ours: (shape, keys) for ours, (shape, keys) in tensors.items()
-                if not (ours.endswith('.bias') and not biases.get(ours.split('.')[-3], True))}
+    expected = {ours: tensor for ours, tensor in tensors.items()
+                if not ours.endswith('.bias') or biases.get(ours.split('.')[-3], True)}
     keys = [key for _, keys in expected.values() for key in keys]
     if missing := [key for key in keys if key not in theirs]:
         raise UserError(f'{name}: of the weights that config.json asks for, {listed(missing)} missing')
@@ -287,9 +287,7 @@ def translate(name, family, config, theirs, biases):
                 raise UserError(f'{name}: {key} has values that are not finite')
             parts.append(turn(family, key, w, config).float())
         weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-    for ours, (shape, _) in tensors.items():
-        weights.setdefault(ours, torch.zeros(shape))
-    return weights
+    return weights | {ours: torch.zeros(shape) for ours, (shape, _) in tensors.items() if ours not in expected}
 
 
 def listed(names):
@@ -451,7 +449,7 @@ def check_exportable(config, name):
         plain = asdict(type(config)(**family.fixed | {ours: fields[ours] for ours in family.fields}))
     except ValueError as error:
         raise UserError(f'transformers has no class for this model: in {family.kind}, {error}') from None
-    plain['bias'] = fields['bias'] if not family.biases or 'mlp' in family.biases else False
+    plain['bias'] = fields['bias'] and (not family.biases or 'mlp' in family.biases)
     if name == 'llama' and config.n_embd % config.n_head:
         raise UserError(f'transformers has no class for n_embd={config.n_embd}: in {family.kind} it is a multiple of '
                         f'n_head={config.n_head}')
