@@ -102,23 +102,19 @@ def fit(n, d, loss, start=None, steps=100):
         return residuals, (terms - predicted[..., None]).exp(), error
 
     damping = torch.full(theta.shape[:-1], 1e-2, dtype=torch.float64)
-    residuals, shares, error = evaluate(theta)
     for _ in range(steps):
+        residuals, shares, error = evaluate(theta)
         e, a, b = shares.unbind(-1)
         J = torch.stack((e, a, -a * x, b, -b * y), dim=-1)  # (…, R, 5)
         weighted = J * (DELTA / residuals.abs().clamp(min=DELTA))[..., None]
         H, g = weighted.mT @ J, weighted.mT @ residuals[..., None]
         H = H + torch.diag_embed(H.diagonal(dim1=-2, dim2=-1) * damping[..., None] + 1e-12)
         trial = theta - torch.linalg.solve(H, g).squeeze(-1)
-        after = evaluate(trial)
-        better = after[-1] < error
+        better = evaluate(trial)[-1] < error
         theta = torch.where(better[..., None], trial, theta)
-        residuals = torch.where(better[..., None], after[0], residuals)
-        shares = torch.where(better[..., None, None], after[1], shares)
-        error = torch.where(better, after[2], error)
         damping = torch.where(better, damping / 5, damping * 5).clamp(1e-12, 1e6)
     if start is None:
-        best = error.argmin(dim=-1)[..., None, None].expand(*error.shape[:-1], 1, 5)
+        best = evaluate(theta)[-1].argmin(dim=-1)[..., None, None].expand(*error.shape[:-1], 1, 5)
         theta = theta.gather(-2, best).squeeze(-2)
     e, a, alpha, b, beta = theta.unbind(-1)
     return Law(e.exp(), (a + alpha * at_n).exp(), alpha, (b + beta * at_d).exp(), beta)
