@@ -95,7 +95,7 @@ def fit(n, d, loss, start=None, steps=100):
     def evaluate(theta):
         """Residuals of log L (…, R), each term's share of L (…, R, 3), and the Huber loss (…)."""
         e, a, alpha, b, beta = theta[..., None].unbind(-2)
-        terms = torch.stack((e.expand(*e.shape[:-1], len(x)), a - alpha * x, b - beta * y), dim=-1)
+        terms = torch.stack(torch.broadcast_tensors(e, a - alpha * x, b - beta * y), dim=-1)
         predicted = terms.logsumexp(dim=-1)
         residuals = predicted - target
         error = F.huber_loss(residuals, torch.zeros_like(residuals), delta=DELTA, reduction='none').sum(-1)
@@ -114,8 +114,8 @@ def fit(n, d, loss, start=None, steps=100):
         theta = torch.where(better[..., None], trial, theta)
         damping = torch.where(better, damping / 5, damping * 5).clamp(1e-12, 1e6)
     if start is None:
-        best = evaluate(theta)[-1].argmin(dim=-1)[..., None, None].expand(*error.shape[:-1], 1, 5)
-        theta = theta.gather(-2, best).squeeze(-2)
+        best = evaluate(theta)[-1].argmin(dim=-1)[..., None, None]
+        theta = theta.take_along_dim(best, dim=-2).squeeze(-2)
     e, a, alpha, b, beta = theta.unbind(-1)
     return Law(e.exp(), (a + alpha * at_n).exp(), alpha, (b + beta * at_d).exp(), beta)
 
@@ -130,8 +130,7 @@ def resample(n, d, loss, law, times):
     residuals = residuals - residuals.mean(dim=-1, keepdim=True)
     draws = torch.randint(R, (*loss.shape[:-1], times * (R + 1)), generator=torch.Generator().manual_seed(0))
     draws = residuals.gather(-1, draws).unflatten(-1, (times, R + 1))
-    start = Law(*(x.expand(draws.shape[:-1]) for x in astuple(wide)))
-    return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), start, steps=40), draws[..., R]
+    return fit(n, d, fitted[..., None, :] * draws[..., :R].exp(), wide, steps=40), draws[..., R]
 
 
 def interval(samples):
