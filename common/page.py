@@ -68,10 +68,9 @@ def check(config):
     """Raise UserError, naming the field, if config asks for what page.html doesn't compute."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in FIELDS + GIVEN and value != field.default:
-            raise UserError(f'the page cannot compute {field.name}={value!r}, only {field.default!r}')
-        if value not in VALUES.get(field.name, (value,)):
-            raise UserError(f'the page cannot compute {field.name}={value!r}, only {" or ".join(VALUES[field.name])}')
+        known = VALUES.get(field.name, [value if field.name in FIELDS + GIVEN else field.default])
+        if value not in known:
+            raise UserError(f'the page cannot compute {field.name}={value!r}, only {" or ".join(map(str, known))}')
 
 
 def stored(model, dtype):
