@@ -143,7 +143,7 @@ def remove_unused_shards(out_dir):
     """Remove the folders of shards that no checkpoint names any more."""
     try:
         used = {torch.load(path, weights_only=True, mmap=True).get('shards') for path in out_dir.glob('*ckpt*.pt')}
-    except (RuntimeError, EOFError, pickle.UnpicklingError):  # somebody else's file: better keep too much
+    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError):  # somebody else's file
         return
     for folder in out_dir.glob('shards_*'):
         if SHARDS.fullmatch(folder.name) and folder.name not in used:
@@ -270,7 +270,9 @@ def check_entries(checkpoint, path, resume):
     if 'shards' in checkpoint:
         expect(isinstance(checkpoint['shards'], str) and SHARDS.fullmatch(checkpoint['shards']), 'shards',
                'the name of a folder beside it, such as shards_000000')
-    if resume or 'shards' in checkpoint:  # add_shards fills it
+        sums = checkpoint.get('crc32', {})
+        expect(isinstance(sums, dict) and all_are(str, sums), 'crc32', 'the sums of its shards')
+    if resume or {'optimizer', 'shards'} & checkpoint.keys():  # add_shards fills it
         is_a(dict, 'optimizer')
         state, groups = (checkpoint['optimizer'].get(name) for name in ('state', 'param_groups'))
         expect(isinstance(state, dict) and all_are(dict, state.values()) and isinstance(groups, list)

@@ -1,5 +1,6 @@
 """Checkpoints in process: written whole or not at all, checked when read, compared with the run's settings."""
 
+import contextlib
 import errno
 import os
 import random
@@ -243,9 +244,10 @@ def test_weights_that_are_not_finite_are_named(state, tmp_path):
     ('optimizer', {}, 'optimizer is not of the form'), ('random', [{}], 'random is not a list of random number'),
     ('data', [1], 'data is not of type dict'), ('norms', ['a'], 'norms is not a list'), ('config', {'a': torch.ones(2)}, "config is not a run's settings"),
     ('shards', '../../x', 'shards is not the'),
-    ('shards', '/tmp', 'shards is not the'), ('shards', 3, 'shards is not the'), ('best_val_loss', 'a', 'best_val_loss is not of')])
+    ('shards', '/tmp', 'shards is not the'), ('crc32', 3, 'crc32 is not the sums'), ('shards', 3, 'shards is not the'), ('best_val_loss', 'a', 'best_val_loss is not of')])
 def test_an_entry_that_is_missing_or_of_another_type_is_named(state, tmp_path, entry, value, why):
-    bad = {k: v for k, v in (state | {entry: value}).items() if v is not None}
+    more = {'shards': 'shards_000000'} if entry == 'crc32' else {}
+    bad = {k: v for k, v in (state | {entry: value} | more).items() if v is not None}
     with open(tmp_path / 'ckpt.pt', 'wb') as f:
         torch.save(bad, f)
     assert why in refusal(tmp_path / 'ckpt.pt', resume=True)
@@ -312,6 +314,17 @@ def test_settings_that_changed_are_taken_told_or_refused(state):
         compare(state, max_iters=19)
     assert compare(state, max_iters=20) == ({}, {'max_iters': (40, 20)})
 
+
+def test_shards_are_kept_while_a_file_in_the_folder_is_no_checkpoint(tmp_path):
+    (tmp_path / 'shards_000000').mkdir()
+    for content in [1], {'shards': {}}, torch.ones(3):
+        torch.save(content, tmp_path / 'my_ckpt.pt')
+        checkpoint.remove_unused_shards(tmp_path)
+    assert (tmp_path / 'shards_000000').is_dir()
+    (tmp_path / 'my_ckpt.pt').unlink()
+    checkpoint.remove_unused_shards(tmp_path)
+    assert not (tmp_path / 'shards_000000').exists()
+
 # -----------------------------------------------------------------------------
 # anything at all
 
@@ -336,7 +349,9 @@ def mutate(x, dice):
 
 
 def use(path):
-    """What a command does with a checkpoint. Returns whether it could."""
+    """What commands do with a checkpoint. Returns whether training could."""
+    with contextlib.suppress(UserError):
+        checkpoint.load(path)
     try:
         saved = checkpoint.load(path, resume=True)
         checkpoint.compare_settings(saved, path, SETTINGS, {})
