@@ -18,7 +18,6 @@ is found when it is read, before a model sees it. To check every id and sha256:
 
     python -m data.dataset FOLDER
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -66,14 +65,13 @@ class Shard:
 
     def open(self):
         """The file, unbuffered. The first time, raises UserError unless it is the shard described here."""
-        if self.offset is not None:
-            return open(self.path, 'rb', buffering=0)
-        file, tokens, dtype, self.offset = open_shard(self.path, IDS if self.dtype in IDS else [self.dtype])
-        if (tokens, dtype) != (self.tokens, self.dtype):
-            file.close()
-            raise damaged(self.path, f'it holds {tokens:,} ids of {dtype}, '
-                                     f'and meta.json lists {self.tokens:,} of {self.dtype}')
-        return file
+        if self.offset is None:
+            tokens, dtype, offset = read_header(self.path, IDS if self.dtype in IDS else [self.dtype])
+            if (tokens, dtype) != (self.tokens, self.dtype):
+                raise damaged(self.path, f'it holds {tokens:,} ids of {dtype}, '
+                                         f'and meta.json lists {self.tokens:,} of {self.dtype}')
+            self.offset = offset
+        return open(self.path, 'rb', buffering=0)
 
 
 class Split:
@@ -257,32 +255,29 @@ def list_shards(folder, meta, split):
 
 def foreign_shard(path):
     """The Shard in a file of another project."""
-    file, tokens, dtype, _ = open_shard(path)
-    with file:
-        stat = os.fstat(file.fileno())
+    tokens, dtype, _ = read_header(path)
+    stat = os.stat(path)
     return Shard(path, tokens, dtype, f'{stat.st_size} bytes, {stat.st_mtime_ns}')
 
 
-def open_shard(path, dtypes=IDS):
-    """(unbuffered file, tokens, dtype, offset of the first token in bytes) of a shard in any of the formats. dtypes:
-    those that a .npy file may have."""
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, 'rb', buffering=0))
+def read_header(path, dtypes=IDS):
+    """(tokens, dtype, offset of the first token in bytes) of a shard in any of the formats. dtypes: those that a .npy
+    file may have."""
+    try:
+        with open(path, 'rb', buffering=0) as file:
             tokens, dtype, offset = npy_header(file, dtypes) if path.suffix == '.npy' else bin_header(file)
             size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            raise UserError(f'{path} is missing: copy it again, or {START_OVER}') from None
-        except OSError as error:
-            raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
-        except Exception as error:  # numpy's parser of headers has many kinds
-            raise damaged(path, error) from None
-        if size != offset + tokens * dtype.itemsize:
-            raise damaged(path, f'its header promises {tokens:,} tokens, and it has {size:,} bytes')
-        if tokens < 1:
-            raise damaged(path, 'it holds no tokens')
-        stack.pop_all()
-        return file, tokens, dtype, offset
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: copy it again, or {START_OVER}') from None
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+    except Exception as error:  # numpy's parser of headers has many kinds
+        raise damaged(path, error) from None
+    if size != offset + tokens * dtype.itemsize:
+        raise damaged(path, f'its header promises {tokens:,} tokens, and it has {size:,} bytes')
+    if tokens < 1:
+        raise damaged(path, 'it holds no tokens')
+    return tokens, dtype, offset
 
 
 def npy_header(file, dtypes):
@@ -349,8 +344,7 @@ def verify(dataset):
 
 
 if __name__ == '__main__':
-    from configurator import excepthook
-    sys.excepthook = excepthook
+    import configurator  # its hook prints a UserError as one line
     if len(sys.argv) != 2:
         raise UserError('usage: python -m data.dataset FOLDER')
     verify(sys.argv[1])

@@ -276,8 +276,8 @@ def test_no_dataset(tmp_path, monkeypatch):
 def test_one_process_checks_for_all(tmp_path, monkeypatch):
     """The others open a shard when they read it, and find its damage then."""
     write_dataset(tmp_path, train=ids(2100))
-    opened, open_shard = [], dataset.open_shard
-    monkeypatch.setattr(dataset, 'open_shard', lambda path, dtypes: [opened.append(path.name), open_shard(path, dtypes)][1])
+    opened, read_header = [], dataset.read_header
+    monkeypatch.setattr(dataset, 'read_header', lambda path, dtypes: [opened.append(path.name), read_header(path, dtypes)][1])
     Split(str(tmp_path), 'train')
     assert sorted(opened) == ['train_000000.npy', 'train_000001.npy', 'train_000002.npy']
     opened.clear()
