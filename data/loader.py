@@ -118,9 +118,7 @@ class Loader:
     def blocks(self, k, starts):
         """(n, 2, T) int64: x and y of the blocks of dataset k that start at these tokens."""
         ids = self.splits[k].read(starts, self.block_size + 1).astype(np.int64)
-        targets = ids
-        if self.splits[k].masked:
-            targets = np.where(self.splits[k].scored(starts, self.block_size + 1), ids, -1)
+        targets = np.where(self.splits[k].scored(starts, self.block_size + 1), ids, -1)
         return np.stack((ids[:, :-1], targets[:, 1:]), axis=1)
 
     def block_starts(self, k, places):
@@ -142,16 +140,14 @@ class Loader:
 
     def to_device(self, pairs):
         """(n, 2, T) int64 -> x, y: (B, T) int64 on the device; rows from n on are padding (y = -1)."""
-        batch, n = np.empty((2, self.batch_size, self.block_size), np.int64), len(pairs)
-        batch[:, :n] = pairs.swapaxes(0, 1)
-        batch[0, n:], batch[1, n:] = 0, -1
-        batch = torch.from_numpy(batch)
-        if self.device.type == 'cuda':
+        batch = np.zeros((2, self.batch_size, self.block_size), np.int64)
+        batch[1] = -1
+        batch[:, :len(pairs)] = pairs.swapaxes(0, 1)
+        batch, cuda = torch.from_numpy(batch), self.device.type == 'cuda'
+        if cuda:
             torch.cuda.set_device(self.device)      # this thread's; pinning makes a context on it
-            x, y = batch.pin_memory().to(self.device, non_blocking=True)
-        else:
-            x, y = batch.to(self.device)
-        return x, y
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=cuda).unbind()
 
     def eval_batches(self, n_blocks):
         """
