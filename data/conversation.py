@@ -8,13 +8,12 @@ import bisect
 import collections
 import functools
 import json
-import os
 
 import numpy as np
 
 from data.chatml import chat_tokenizer, encode
 from data.errors import UserError
-from data.files import READERS, Bad, find_files, read_json
+from data.files import Bad, find_files, read_json, reader_of
 from data.prepare import prepare
 from data.tokenizer import CHATML, get_tokenizer
 
@@ -28,8 +27,7 @@ def json_files(paths, setting='input'):
     """The json and jsonl files that comma-separated glob patterns name. Raises UserError for others."""
     files = find_files(paths, setting)
     for path in files:
-        end = os.path.splitext(path.lower().removesuffix('.gz').removesuffix('.zst'))[1]
-        if READERS.get(end) is not read_json:
+        if reader_of(path) is not read_json:
             raise UserError(f'{path}: conversations are read from .json and .jsonl, also as .gz or .zst')
     return files
 

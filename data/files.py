@@ -60,14 +60,19 @@ def corpus_of_files(files, text_key, txt_split, skip_bad):
 
 def read(path, text_key, txt_split):
     """(line, text) for each document in a file; an error of the file as a whole is one more Bad."""
-    name = path.lower().removesuffix('.gz').removesuffix('.zst')
-    reader, line = READERS.get(os.path.splitext(name)[1], read_text), 0
+    line = 0
     try:
         with pyarrow.input_stream(path) as file:  # decompresses, by the file's ending
-            for line, text in reader(io.BufferedReader(file, 1 << 20), text_key, txt_split):
+            for line, text in reader_of(path)(io.BufferedReader(file, 1 << 20), text_key, txt_split):
                 yield line, text
     except (OSError, ValueError, RecursionError, csv.Error, pyarrow.ArrowException) as error:
         yield line + 1, Bad(' '.join(str(error).split()))
+
+
+def reader_of(path):
+    """The reader for a file's ending, whether or not it is compressed."""
+    name = path.lower().removesuffix('.gz').removesuffix('.zst')
+    return READERS.get(os.path.splitext(name)[1], read_text)
 
 
 def read_json(file, text_key, _):
