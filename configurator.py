@@ -53,7 +53,8 @@ RANGES = (
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
-           'kind': ('bpe', 'wordpiece', 'unigram')}
+           'kind': ('bpe', 'wordpiece', 'unigram'), 'txt_split': ('file', 'line', 'blank'),
+           'dedup': ('exact', 'minhash')}
 SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
 # Settings of train.py and dpo.py, when a run does not use them, and why
 UNUSED = (
@@ -116,9 +117,7 @@ def override(defaults, arguments, positional=None):
             config.update(settings)
         else:
             raise UsageError(f'{arg}: expected a settings file (FILE.py) or --key=value; --help lists the settings')
-    for key in PATHS:
-        if config.get(key, '').startswith('~'):
-            config[key] = os.path.expanduser(config[key])
+    config |= {key: os.path.expanduser(config[key]) for key in PATHS if key in config}
     check_ranges(config, defaults)
     return config
 
@@ -137,7 +136,7 @@ def check_ranges(config, defaults):
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
             default = f', or {defaults[name]}, its default' * (not low <= defaults[name] <= high)
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}{default}')
-        if name in CHOICES and value not in CHOICES[name]:
+        if name in CHOICES and value not in (defaults[name], *CHOICES[name]):
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
     if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
         raise UserError('objective=mlm continues no text: --hellaswag_interval=0 --sample_interval=0')
