@@ -198,13 +198,10 @@ def corpus_of(texts):
 
 def position(state, *names):
     """These numbers of a corpus's resume state, or zeros at the beginning."""
-    try:
-        numbers = [state[name] for name in names] if state else [0] * len(names)
-        if all(map(is_count, numbers)):
-            return numbers
-    except (KeyError, TypeError):
-        pass
-    raise UserError(f'progress.json is damaged (there is no position such as {state}): {START_OVER}')
+    numbers = [state.get(name) for name in names] if state else [0] * len(names)
+    if not all(map(is_count, numbers)):
+        raise UserError(f'progress.json is damaged (there is no position such as {state}): {START_OVER}')
+    return numbers
 
 
 class ShardWriter:
@@ -286,17 +283,21 @@ def load_state(out_dir, source, settings, corpora, dtype):
         return new
     try:
         state = json.loads(path.read_text())
-        complete = path.name == 'meta.json'
-        if complete and state['format'] != 1:
-            raise ValueError(f'it has format {state["format"]}')
-        if not complete and not state['shards']:
+        if path.name == 'meta.json':
+            if state['format'] != 1:
+                raise ValueError(f'it has format {state["format"]}')
+            check_entries(state['shards'])
+            counts = state['documents']
+        elif not state['shards']:
             return new
-        check_entries(state['shards'], *[FIRST] * (not complete))
-        counts = state['documents'] if complete else state['resume']['counts']
+        else:
+            check_entries(state['shards'], FIRST)
+            resume, counts = state['resume'], state['resume']['counts']
+            if not (resume['split'] in (*corpora, 'end') and is_count(resume['skip'])
+                    and isinstance(resume['corpus'], (dict, type(None)))):
+                raise ValueError(f'there is no position such as {resume}')
         if 'in' not in counts or not all(map(is_count, counts.values())):
             raise ValueError(f'these are no counts of documents: {counts}')
-        if not complete and not (state['resume']['split'] in (*corpora, 'end') and is_count(state['resume']['skip'])):
-            raise ValueError(f'there is no position such as {state["resume"]}')
         different = difference(state['settings'], new['settings']) or difference(state['source'], new['source'])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{path} is damaged ({error!r}): {START_OVER}') from None
@@ -304,7 +305,7 @@ def load_state(out_dir, source, settings, corpora, dtype):
         raise UserError(f'{out_dir} was started with {different}: give another out_dir, or {START_OVER}')
     for entry in state['shards']:
         shard = listed_shard(out_dir, entry, dtype)
-        for file in (shard, shard.mask) if shard.mask else (shard,):
+        for file in filter(None, (shard, shard.mask)):
             file.open().close()
     return state
 
