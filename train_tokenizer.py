@@ -104,7 +104,7 @@ if __name__ == '__main__':
     for name, value, least in ('vocab_size', vocab_size, 258), ('max_bytes', max_bytes, 1):
         if value < least:
             raise UserError(f'{name}={value} must be at least {least}')
-    path = Path(os.path.expanduser(out_dir), 'tokenizer.json')
+    path = Path(out_dir, 'tokenizer.json')
     if path.exists():
         raise UserError(f'{path} is there already: give another out_dir')
     files = find_files(data_files)

@@ -2,7 +2,6 @@
 Files from the network, each identified by its sha256.
 """
 import hashlib
-import os
 from pathlib import Path
 
 from data.atomic import write
@@ -17,7 +16,6 @@ def download(url, sha256, path, option='--input=FILE'):
     The file `path`, fetched from `url` if it isn't there. It gets its name when it is complete and its sha256 is
     right. Raises UserError otherwise, naming `option` as the way to use a copy instead.
     """
-    path = Path(path)
     if not path.exists():
         import requests  # here, because it takes a while that most preparations don't need
         print(f'fetching {url}', flush=True)
@@ -40,7 +38,7 @@ def download(url, sha256, path, option='--input=FILE'):
 def read_text(path):
     """The text in a UTF-8 file. Raises UserError."""
     try:
-        return Path(os.path.expanduser(path)).read_bytes().decode()
+        return Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
         raise UserError(f'{path} cannot be read: {why}') from None

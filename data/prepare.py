@@ -318,7 +318,7 @@ def earlier_source(out_dir):
     """The source recorded in the folder, {} if there is none."""
     for name in 'meta.json', 'progress.json':
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            return dict(json.loads((Path(os.path.expanduser(out_dir)) / name).read_text())['source'])
+            return dict(json.loads(Path(out_dir, name).read_text())['source'])
     return {}
 
 
