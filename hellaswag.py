@@ -19,6 +19,7 @@ attends to the context and its own ending, up to itself; with a context c of fou
 That is half the tokens, with the same losses.
 """
 
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ def load_items(path='', limit=0):
     items, where = [], path
     try:
         with open(path, encoding='utf-8') as f:
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(itertools.islice(f, limit or None), 1):
                 where = f'{path}:{number}'
                 item = json.loads(line)
                 missing = [key for key in ('ctx', 'label', 'endings') if key not in item]
@@ -72,8 +73,6 @@ def load_items(path='', limit=0):
                 if not (len(texts) == 5 and all(type(text) is str for text in texts) and 0 <= item['label'] < 4):
                     raise UserError(f'{where}: ctx must be a string, endings four strings, and label 0 to 3')
                 items.append(item)
-                if len(items) == limit:
-                    break
     except OSError as error:
         raise UserError(f'cannot read {path}: {error.strerror}')
     except (ValueError, TypeError, OverflowError, RecursionError) as error:  # no JSON, no UTF-8, no number
