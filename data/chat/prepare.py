@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root
@@ -47,17 +48,14 @@ def is_val(text):
     return zlib.crc32(text.partition('{"role": "assistant"')[0].encode()) % held_out == 0
 
 
-def part(val):
-    """The corpus (see data/prepare.py) of one side."""
-    whole = corpus_of_files(files, to_text, 'file', skip_bad)
-
-    def corpus(state):
-        for texts, state in whole(state):
-            yield [text for text in texts if (is_val(text) if text else False) == val], state
-    return corpus
+def corpus(state, val):
+    """The corpus (see data/prepare.py) of one side; a line that cannot be read (None) counts as training."""
+    for texts, state in corpus_of_files(files, to_text, 'file', skip_bad)(state):
+        yield [text for text in texts if bool(text and is_val(text)) == val], state
 
 
 files = json_files(input)
-prepare_conversations(out_dir or Path(__file__).parent, part(val=False), part(val=True), tokenizer, block_size,
-                      shard_size=shard_size, num_proc=num_proc, settings={'held_out': held_out, 'skip_bad': skip_bad},
+prepare_conversations(out_dir or Path(__file__).parent, partial(corpus, val=False), partial(corpus, val=True),
+                      tokenizer, block_size, shard_size=shard_size, num_proc=num_proc,
+                      settings={'held_out': held_out, 'skip_bad': skip_bad},
                       source={'input': input, 'files': {file: os.path.getsize(file) for file in files}})
