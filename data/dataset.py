@@ -104,9 +104,9 @@ class Split:
         self.n_tokens = int(self.starts[-1])
         count = min(SAMPLE, self.n_tokens)
         for begin, end in zip(self.starts, self.starts[1:]) if check else ():
-            places = np.array([begin, (begin + end - count) // 2, end - count])
-            self.read(places.clip(0, self.n_tokens - count), count)
-            self.scored(places.clip(0, self.n_tokens - count), count)
+            places = np.array([begin, (begin + end - count) // 2, end - count]).clip(0, self.n_tokens - count)
+            self.read(places, count)
+            self.scored(places, count)
 
     def read(self, starts, count):
         """(len(starts), count) ids of self.dtype: `count` ids from each of these positions; past the last token of the

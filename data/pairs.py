@@ -55,7 +55,7 @@ def to_pair(row):
             messages = to_messages({'messages': prompt + answer})
         if isinstance(messages, Bad):
             return Bad(f'{name}: {messages}')
-        if [message['role'] for message in messages][-1:] != ['assistant'] or len(messages) < 2:
+        if messages[-1]['role'] != 'assistant' or len(messages) < 2:
             return Bad(f'{name}: not a prompt and an answer of the assistant')
         pair.append(messages)
     return pair
