@@ -127,7 +127,8 @@ class TokenizerJSON(Tokenizer):
         self.hf.no_truncation()
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # as text
-        end = self.find_end(config)
+        settings = json.loads(config or b'{}')
+        end = self.find_end(settings.get('eos_token'))
         vocabulary, self.eot = self.hf.get_vocab(), self.hf.token_to_id(end)
         self.vocab_size = max(vocabulary.values()) + 1
         if self.vocab_size > 2**24:
@@ -136,16 +137,15 @@ class TokenizerJSON(Tokenizer):
         self.byte_level = 'ByteLevel' in str(self.hf.decoder)
         self.eot_is_text = len(end) == 1  # of Characters
         self.end, self.sha256 = end, hashlib.sha256(content).hexdigest()
-        self.chat_template = json.loads(config or b'{}').get('chat_template')
+        self.chat_template = settings.get('chat_template')
         if self.chat_template == chatml_template(end):  # exported from here
             self.im_start, self.im_end = vocabulary.get(IM_START), vocabulary.get(IM_END)
         self.name = f'tokenizer.json {self.sha256[:12]} (end: {end!r})'
         self.files = {'tokenizer.json': content, 'tokenizer_config.json': config or json.dumps(
             {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end}).encode()}
 
-    def find_end(self, config):
-        """The end-of-text token, a string."""
-        end = json.loads(config or b'{}').get('eos_token')
+    def find_end(self, end):
+        """The end-of-text token, a string. end: tokenizer_config.json's eos_token, a string, an object or None."""
         end = end.get('content') if isinstance(end, dict) else end
         special = [token.content for token in self.hf.get_added_tokens_decoder().values() if token.special]
         for token in [end] if isinstance(end, str) else [token for token in self.ENDS if token in special]:
