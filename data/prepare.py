@@ -67,10 +67,9 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
                 num_proc = num_proc or cores()
                 print(f'tokenizing into {out_dir} with {num_proc} workers (Ctrl-C stops, the same command continues)',
                       flush=True)
-                spec = keep_files(tokenizer, out_dir)
                 encode = encode or functools.partial(tokenize, clean=clean, dedup=dedup)
-                work = functools.partial(encode, tokenizer=spec)
-                write_shards(out_dir, corpora, state, spec, work, num_proc, total, check_interrupt)
+                work = functools.partial(encode, tokenizer=keep_files(tokenizer, out_dir))
+                write_shards(out_dir, corpora, state, tokenizer.eot, work, num_proc, total, check_interrupt)
                 state = write_meta(out_dir, state, tokenizer)
             for path in (out_dir / 'progress.json', *out_dir.glob(TEMPORARY + '*')):
                 path.unlink(missing_ok=True)
@@ -84,16 +83,16 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
     return state
 
 
-def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, check_interrupt):
-    """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date. tokenizer: for
-    get_tokenizer; work: what a worker does with some texts."""
+def write_shards(out_dir, corpora, state, eot, work, num_proc, total, check_interrupt):
+    """Tokenize the rest of the corpora, and keep progress.json, which holds `state`, up to date. work: what a worker
+    does with some texts."""
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the workers are the parallelism, num_proc of them
     settings, shards, order = state['settings'], state['shards'], [*corpora, 'end']
     shard_size, max_tokens = settings['shard_size'], settings['max_tokens']
     resume = state['resume'] or {'split': order[0], 'corpus': None, 'skip': 0, 'counts': {'in': 0}}
     seen = cleaning.Seen(out_dir / f'{TEMPORARY}seen.sqlite', resume['counts']['in']) if settings['dedup'] else None
     written = count_tokens(shards)
-    shard = ShardWriter(out_dir, get_tokenizer(tokenizer))
+    shard = ShardWriter(out_dir, eot)
 
     def close_shard():
         split = resume['split']
@@ -113,7 +112,7 @@ def write_shards(out_dir, corpora, state, tokenizer, work, num_proc, total, chec
             for (tokens, keys, counts), corpus_state in batches:
                 check_interrupt()
                 if seen:
-                    tokens, counts['duplicate'] = seen.drop(tokens, shard.eot, keys, resume['counts']['in'])
+                    tokens, counts['duplicate'] = seen.drop(tokens, eot, keys, resume['counts']['in'])
                 at = resume['skip']  # after a restart, these are in the shards already
                 tokens = tokens[:at + max_tokens - written] if max_tokens else tokens
                 while at < len(tokens):
@@ -210,8 +209,8 @@ class ShardWriter:
     .tokens: how many it holds
     """
 
-    def __init__(self, folder, tokenizer):
-        self.folder, self.eot = folder, tokenizer.eot
+    def __init__(self, folder, eot):
+        self.folder, self.eot = folder, eot
         self.begin()
 
     def begin(self):
