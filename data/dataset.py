@@ -292,13 +292,11 @@ def npy_header(file, dtypes):
 
 def bin_header(file):
     """(tokens, dtype, offset) of a .bin file."""
-    header = file.read(BIN_HEADER)
-    if len(header) == BIN_HEADER:
-        magic, version, tokens = np.frombuffer(header, np.int32)[:3].tolist()
-        if magic == BIN_MAGIC:
-            if version != BIN_VERSION:
-                raise ValueError(f'its header has version {version}, not {BIN_VERSION}')
-            return tokens, np.dtype(np.uint16), BIN_HEADER
+    magic, version, tokens = np.frombuffer(file.read(12).ljust(12, b'\0'), np.int32).tolist()
+    if magic == BIN_MAGIC:
+        if version != BIN_VERSION:
+            raise ValueError(f'its header has version {version}, not {BIN_VERSION}')
+        return tokens, np.dtype(np.uint16), BIN_HEADER
     if os.path.basename(file.name) not in ('train.bin', 'val.bin'):     # nanoGPT's have no header
         raise ValueError(f'its header does not begin with {BIN_MAGIC}')
     return os.fstat(file.fileno()).st_size // 2, np.dtype(np.uint16), 0
