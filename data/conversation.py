@@ -87,14 +87,13 @@ def pack(texts, tokenizer, block_size):
     """
     tokenizer, found = get_tokenizer(tokenizer), []
     counts = collections.Counter({'in': len(texts), 'unreadable': texts.count(None), 'no_answer': 0, 'cut': 0})
-    for text in texts:
-        if text:
-            ids, scored = encode(json.loads(text), tokenizer)
-            if scored[:block_size].any():
-                found.append((ids[:block_size], scored[:block_size]))
-                counts['cut'] += bool(scored[block_size:].any())
-            else:
-                counts['no_answer'] += 1
+    for text in filter(None, texts):
+        ids, scored = encode(json.loads(text), tokenizer)
+        if scored[:block_size].any():
+            found.append((ids[:block_size], scored[:block_size]))
+            counts['cut'] += bool(scored[block_size:].any())
+        else:
+            counts['no_answer'] += 1
     blocks = best_fit([len(ids) for ids, _ in found], block_size)
     tokens = np.zeros((len(blocks), block_size), [('id', tokenizer.dtype), ('scored', np.uint8)])
     tokens['id'] = tokenizer.eot
