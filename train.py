@@ -205,11 +205,11 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def validation_loss(data):
-    """Mean loss in nats over the first eval_tokens tokens of a split, by all processes together. Raises Stopped."""
+def validation_loss(k):
+    """Mean loss in nats over the first eval_tokens tokens of the k-th val split, by all processes. Raises Stopped."""
     total = count = 0
     generator = torch.Generator().manual_seed(seed + distributed.rank)  # the same masks each time
-    for batch in data.eval_batches(max(1, eval_tokens // block_size)):
+    for batch in val_data.eval_batches(max(1, eval_tokens // block_size), k):
         x, y = criterion.batch(*batch, generator)
         with autocast(dtype, device):
             _, loss = model(x, y, return_logits=False, mask=criterion.mask(x))
@@ -239,8 +239,8 @@ def evaluate():
     result, parts, began = {'step': step}, [f'step {step}/{max_iters}'], time.perf_counter()
     model.eval()
     if due(eval_interval):
-        losses = {name: validation_loss(data) for name, _, data in val_data.parts}
-        val_loss = sum(weight * losses[name] for name, weight, _ in val_data.parts)
+        losses = {name: validation_loss(k) for k, name in enumerate(val_data.names)}
+        val_loss = sum(weight * losses[name] for name, weight in zip(val_data.names, val_data.weights))
         result |= {'val_loss': val_loss, 'perplexity': math.exp(min(val_loss, 700))}
         parts += [f'val loss {val_loss:.4f}', f'perplexity {result["perplexity"]:.2f}']
         if len(losses) > 1:  # a mixture

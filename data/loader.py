@@ -40,13 +40,12 @@ class Loader:
     move_blocks: from the second epoch on, start the blocks at another offset (only with shuffle, and not those of
     conversations, which are packed to block_size)
 
-    Attributes: tokenizer (for get_tokenizer), vocab_size, eot. Raises UserError if a dataset is missing, damaged or
-    too small, or if the mixture is invalid.
+    Attributes: tokenizer (for get_tokenizer), vocab_size, eot; names and weights, of the datasets. Raises UserError if
+    a dataset is missing, damaged or too small, or if the mixture is invalid.
     """
 
     def __init__(self, dataset, split, batch_size, block_size, rank=0, world_size=1, seed=1337, shuffle=True,
                  device='cpu', move_blocks=True):
-        self.arguments = split, batch_size, block_size, rank, world_size, seed, shuffle, device, move_blocks
         mixture = parse_mixture(dataset)
         self.splits = [Split(name, split, check=rank == 0) for name in mixture]
         self.names, self.weights = short_names(dataset, list(mixture), self.splits), list(mixture.values())
@@ -75,14 +74,6 @@ class Loader:
                        for name, data in zip(self.names, self.splits)]
         self.drawn = [0] * len(mixture)     # blocks drawn from each dataset by all processes: the position
         self.ready, self.coming, self.thread = deque(), None, ThreadPoolExecutor(1)
-
-    @functools.cached_property
-    def parts(self):
-        """[(name, weight, Loader)]: the datasets of the mixture one by one, to evaluate them."""
-        if len(self.names) == 1:
-            return [(self.names[0], 1.0, self)]
-        return [(name, weight, Loader(str(data.folder), *self.arguments))
-                for name, weight, data in zip(self.names, self.weights, self.splits)]
 
     def next_batch(self):
         """x, y: (B, T) int64 on the device; y is what follows each token of x, -1 where it is not scored."""
@@ -149,18 +140,17 @@ class Loader:
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=cuda).unbind()
 
-    def eval_batches(self, n_blocks):
+    def eval_batches(self, n_blocks, k=0):
         """
-        The first n_blocks blocks of the split (fewer if it has fewer) in sequence, the same at each call,
+        The first n_blocks blocks of dataset k (fewer if it has fewer) in sequence, the same at each call,
         divided among the processes. Every process gets the same number of x, y: (B, T), since all take part in
-        each forward pass; rows without a block have y = -1. For a mixture, evaluate its `parts`.
+        each forward pass; rows without a block have y = -1.
         """
-        assert len(self.splits) == 1, 'evaluate the parts of a mixture'
         B, T = self.batch_size, self.block_size
-        total = min(n_blocks, self.n_blocks[0])
+        total = min(n_blocks, self.n_blocks[k])
         for first in range(0, total, B * self.world_size):
             mine = np.arange(first + self.rank * B, first + (self.rank + 1) * B)
-            yield self.to_device(self.blocks(0, mine[mine < total] * T))
+            yield self.to_device(self.blocks(k, mine[mine < total] * T))
 
     def stats(self):
         """{name: {'share': of all blocks drawn so far, 'epochs': of this dataset}}"""

@@ -204,9 +204,9 @@ def test_a_signal_during_an_evaluation_ends_it_and_loses_nothing(train, tmp_path
     from data.loader import Loader
     real, scored = Loader.eval_batches, []
 
-    def eval_batches(self, n_blocks):
+    def eval_batches(self, n_blocks, k):
         scored.append(0)
-        for batch in real(self, n_blocks):
+        for batch in real(self, n_blocks, k):
             if len(scored) == 2:  # the evaluation of step 2
                 signal.raise_signal(signal.SIGTERM)
             scored[-1] += 1
