@@ -100,8 +100,6 @@ class Loader:
 
     def choose(self, first, count):
         """(count,) int64: the dataset that each of these blocks of the whole order comes from."""
-        if len(self.weights) == 1:
-            return np.zeros(count, np.int64)
         number = np.arange(first, first + count, dtype=np.uint64)
         chance = hash64(number, stream_keys(self.seed, 'mixture')[0]) / 2**64       # in [0, 1)
         return np.searchsorted(np.cumsum(self.weights)[:-1], chance, side='right')
