@@ -54,7 +54,7 @@ CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
            'kind': ('bpe', 'wordpiece', 'unigram'), 'txt_split': ('file', 'line', 'blank'),
-           'dedup': ('exact', 'minhash')}
+           'dedup': ('exact', 'minhash'), 'x': ('tokens', 'steps', 'time')}
 SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
 # Settings of train.py and dpo.py, when a run does not use them, and why
 UNUSED = (
