@@ -66,8 +66,8 @@ def finished(folder, config):
     entries = log.read(folder / 'log.jsonl')
     then = next((entry['config'] for entry in reversed(entries) if 'config' in entry), {})
     if other := differing(then, config):
-        raise UserError(f'{folder} has a run with {some([f"{name}={then[name]}, not {config[name]}" for name in other])}'
-                        ': choose another --out_dir, or delete it')
+        raise UserError(f'{folder} has a run with ' + some([f'{name}={then[name]}, not {config[name]}' for name in other])
+                        + ': choose another --out_dir, or delete it')
     end = [entry['val_loss'] for entry in entries if 'val_loss' in entry and entry['step'] == config['max_iters']]
     if end and end[-1] is None:  # as a log has what is not finite
         raise UserError(f'{folder} has diverged: its final validation loss is not finite')
@@ -130,9 +130,9 @@ def ratios(a, b, logs):
     """Two lines that hold the tokens and the time of b against a's; `logs` is {name: logs of runs}."""
     there, back = tokens_ratio(logs[a], logs[b]), tokens_ratio(logs[b], logs[a])
     time = statistics.median(seconds(y) / seconds(x) for x, y in zip(logs[a], logs[b]))
-    return (f'tokens: {b} reaches the final loss of {a} with {there:.2f} of its tokens' if there < math.inf else
-            f'tokens: {b} does not reach the final loss of {a}; {a} reaches that of {b} with {back:.2f} of its own tokens'
-            ) + f'\ntime: {b} trains for {time:.2f} times as long as {a}'
+    tokens = f'{b} reaches the final loss of {a} with {there:.2f} of its tokens' if there < math.inf else (
+        f'{b} does not reach the final loss of {a}; {a} reaches that of {b} with {back:.2f} of its own tokens')
+    return f'tokens: {tokens}\ntime: {b} trains for {time:.2f} times as long as {a}'
 
 
 def interval(differences):

@@ -77,7 +77,7 @@ UNUSED = (
      'wandb_log is False'),
 )
 PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
-         'data_files', 'pairs', 'val_pairs')
+         'data_files', 'pairs', 'val_pairs', 'html', 'fit')
 
 given = {}  # {setting: the argument or FILE:LINE that set it}, in the order of the last time that each was set
 

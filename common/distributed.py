@@ -272,8 +272,8 @@ def full_tensor(x):
 
 
 def shard_like(x, like):
-    """A copy of x as `like` is: on its device, or this process's shard of it if `like` is a DTensor. x has its shape, or
-    one column."""
+    """A copy of x as `like` is: on its device, or this process's shard of it if `like` is a DTensor. x has its shape,
+    or one column."""
     if hasattr(like, 'placements'):
         from torch.distributed.tensor import distribute_tensor
         mine = distribute_tensor(x.to(like.device_mesh.device_type), like.device_mesh, like.placements,

@@ -107,7 +107,9 @@ class Loader:
     def blocks(self, k, starts):
         """(n, 2, T) int64: x and y of the blocks of dataset k that start at these tokens."""
         ids = self.splits[k].read(starts, self.block_size + 1).astype(np.int64)
-        targets = np.where(self.splits[k].scored(starts, self.block_size + 1), ids, -1)
+        targets = ids
+        if self.splits[k].masked:
+            targets = np.where(self.splits[k].scored(starts, self.block_size + 1), ids, -1)
         return np.stack((ids[:, :-1], targets[:, 1:]), axis=1)
 
     def block_starts(self, k, places):

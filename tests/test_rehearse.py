@@ -213,6 +213,7 @@ def test_weights_that_read_a_tokenizer_json(tmp_path, monkeypatch):
     own.train_from_iterator(['some text'] * 9, vocab_size=260, special_tokens=['<|endoftext|>'], show_progress=False)
     own.save(str(path))
     model = GPT(GPTConfig(block_size=8, vocab_size=261, n_layer=1, n_head=1, n_embd=8))
+    monkeypatch.setattr(rehearse, 'given', {})
     monkeypatch.setattr(rehearse.checkpoint, 'pretrained', lambda source, dropout: (model, str(path)))
     config = settings_of(ROOT / 'train.py') | {'init_from': 'gpt', 'dataset': 'own', 'block_size': 8}
     assert rehearse.check_model(config, get_tokenizer(str(path)))[0] == model.config
