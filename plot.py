@@ -90,8 +90,8 @@ def comparable(logs):
 def curves(folders, *paths, x='tokens', labels=None):
     """Draw the runs in `folders` into each of `paths` (.png, .svg), which are replaced whole.
 
-    Runs with the same label share a color and an entry of the legend. Raises UserError for a folder without a log,
-    for an x that is not in UNITS, and where matplotlib is missing.
+    Runs with the same label share a color and an entry of the legend. x: one of UNITS. Raises UserError for a folder
+    without a log, and where matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure  # and not pyplot, which keeps state and may want a screen
