@@ -624,13 +624,16 @@ def abort(message, grace=20):
 
 
 def is_first_failure():
-    """True for the first process that asks: of many that fail alike, or because another did, only one prints."""
+    """True for the first process that asks: of many that fail alike, or because another did, only one prints; before
+    they have joined, and once the store has ended with the process that had it, one on each machine."""
     global failing
     failing = True
-    try:
-        return store.add('failed', 1) == 1 if store else master
-    except RuntimeError:  # the store has ended, with the process that had it
-        return local_rank == 0
+    with suppress(RuntimeError):
+        if store:
+            return store.add('failed', 1) == 1
+    if not store and local_rank:
+        time.sleep(10)  # torchrun ends the others when one exits: let that be the one that prints
+    return local_rank == 0
 
 
 def describe(error):
