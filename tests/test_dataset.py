@@ -242,6 +242,15 @@ def test_shards_of_two_dtypes(tmp_path):
     assert 'a_train_000002.npy holds uint32' in complaint(Split, str(tmp_path), 'train')
 
 
+def test_a_shard_that_meta_json_does_not_describe_is_refused_each_time(tmp_path):
+    write_dataset(tmp_path, train=ids(700))
+    split = Split(str(tmp_path), 'train', check=False)
+    np.save(tmp_path / 'train_000000.npy', np.zeros(600, np.uint16))
+    for _ in range(2):
+        with pytest.raises(UserError, match='it holds 600 ids of uint16, and meta.json lists 700 of uint16'):
+            split.shards[0].open()
+
+
 def test_an_id_outside_the_vocabulary_is_found_when_it_is_read(tmp_path):
     """The look at the start sees only a sample of 3 x 4,096 ids a shard."""
     tokens = ids(50_000)

@@ -252,11 +252,19 @@ def test_two_at_once_are_refused(tmp_path):
 
 def test_ctrl_c_is_one_line(tmp_path):
     process = start('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000')
-    while not list((tmp_path / 'out').glob('*.npy')) and process.poll() is None:
+    while len(list((tmp_path / 'out').glob('*.npy'))) < 5 and process.poll() is None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)
     assert finish(process).returncode == 130
     assert process.err == f'interrupted: the same command continues after the last complete shard in {tmp_path}/out\n'
+    progress = tmp_path / 'out' / 'progress.json'
+    whole = progress.read_text()
+    state = json.loads(whole)
+    del state['resume']['corpus']
+    progress.write_text(json.dumps(state))
+    err = run('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000', expect=1).err
+    assert err.startswith(f'{progress} is damaged') and err.count('\n') == 1
+    progress.write_text(whole)
     run('data/stdlib/prepare.py', f'--out_dir={tmp_path}/out', '--shard_size=50_000')
 
 
