@@ -53,8 +53,7 @@ RANGES = (
 CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
            'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
            'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
-           'kind': ('bpe', 'wordpiece', 'unigram'), 'txt_split': ('file', 'line', 'blank'),
-           'dedup': ('exact', 'minhash'), 'x': ('tokens', 'steps', 'time')}
+           'kind': ('bpe', 'wordpiece', 'unigram')}
 SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
 # Settings of train.py and dpo.py, when a run does not use them, and why
 UNUSED = (
@@ -136,7 +135,7 @@ def check_ranges(config, defaults):
             bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
             default = f', or {defaults[name]}, its default' * (not low <= defaults[name] <= high)
             raise UserError(f'{name}={value} must be {" and ".join(bounds)}{default}')
-        if name in CHOICES and value not in (defaults[name], *CHOICES[name]):
+        if name in CHOICES and value not in CHOICES[name]:
             raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
     if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
         raise UserError('objective=mlm continues no text: --hellaswag_interval=0 --sample_interval=0')

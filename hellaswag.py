@@ -130,7 +130,7 @@ def evaluate(model, rows, device='cpu', dtype='float32', batch_tokens=0, progres
     rows, labels = zip(*rows)
     rank, world_size = distributed.rank, distributed.world_size
     batch_tokens = batch_tokens or (1024 if device == 'cpu' else 8192)
-    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # longest first: memory peaks at the start
+    order = sorted(range(len(rows)), key=lambda i: -rows[i].shape[1])  # by falling length: memory peaks at the start
     losses = torch.zeros(len(rows), 4, dtype=torch.float64)
     with (autocast(dtype, device),
           tqdm(total=len(rows), unit=' items', disable=None if progress else True) as bar):  # None: only at a terminal

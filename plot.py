@@ -90,14 +90,16 @@ def comparable(logs):
 def curves(folders, *paths, x='tokens', labels=None):
     """Draw the runs in `folders` into each of `paths` (.png, .svg), which are replaced whole.
 
-    Runs with the same label share a color and an entry of the legend. x: one of UNITS. Raises UserError for a folder
-    without a log, and where matplotlib is missing.
+    Runs with the same label share a color and an entry of the legend. Raises UserError for a folder without a log,
+    for an x that is not in UNITS, and where matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure  # and not pyplot, which keeps state and may want a screen
         from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
     except ImportError:
         raise UserError('pictures need matplotlib: pip install matplotlib') from None
+    if x not in UNITS:
+        raise UserError(f'x={x} is not one of {", ".join(UNITS)}')
     logs = [log.read(Path(folder, 'log.jsonl')) for folder in folders]
     runs = [series(entries, x) for entries in logs]
     for folder, (run, _) in zip(folders, runs):

@@ -143,8 +143,8 @@ def remove_unused_shards(out_dir):
     """Remove the folders of shards that no checkpoint names any more."""
     try:
         used = {torch.load(path, weights_only=True, mmap=True).get('shards') for path in out_dir.glob('*ckpt*.pt')}
-    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError):  # somebody else's file
-        return
+    except (RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, TypeError):
+        return  # a file of somebody else: better keep too much
     for folder in out_dir.glob('shards_*'):
         if SHARDS.fullmatch(folder.name) and folder.name not in used:
             shutil.rmtree(folder)

@@ -40,6 +40,9 @@ def find_files(patterns, setting='data_files'):
 
 def corpus_of_files(files, text_key, txt_split, skip_bad):
     """The corpus (see data/prepare.py) of all documents in `files`, one file after the other."""
+    if txt_split not in ('file', 'line', 'blank'):
+        raise UserError(f'txt_split={txt_split} is not one of file, line, blank')
+
     def corpus(state):
         return in_batches(documents(*position(state, 'file', 'document')))
 

@@ -50,6 +50,8 @@ def prepare(out_dir, train, val=None, tokenizer='gpt2', source={}, settings={}, 
 
     Returns what meta.json holds. Raises UserError, and KeyboardInterrupt for Ctrl-C; the same call then continues.
     """
+    if dedup not in ('', *cleaning.KEYS):
+        raise UserError(f'dedup={dedup} is not one of {", ".join(cleaning.KEYS)}')
     if not str(out_dir):
         raise UserError('out_dir is empty: name the folder to write to')
     if os.path.isfile(out_dir):
