@@ -97,12 +97,12 @@ def device_name(device):
 
 def peak_flops(dtype, device):
     """Peak FLOP/s of this device: from GPUS if it is there, else the best of five large matrix products, measured now
-    (a fifth of a second on a CPU)."""
+    (less than a tenth of a second on a CPU)."""
     name = device_name(device)
     for gpu, (flops, _) in GPUS.items():
         if re.search(rf'\b{gpu}\b', name) and dtype != 'float32':  # an A10G is no A10
             return flops
-    n = 4096 if 'cuda' in device else 1024
+    n = 4096 if 'cuda' in device else 768
     if device == 'cpu' and dtype == 'float16':
         dtype = 'float32'  # float16 is emulated there
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))
