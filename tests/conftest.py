@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 os.environ |= {'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}  # processes share the cores; no test talks to the hub
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # scripts that start hundreds of times are compiled once, not each time
 
 import pytest
-import torch
-from torch.distributed import TCPStore
 
 from data.errors import UserError
 from data.tokenizer import get_tokenizer
@@ -78,6 +77,7 @@ def finish(process, timeout=240):
 def run_ranks(script, *args, processes):
     """The script on several processes that join as under torchrun, which takes longer to start. Returns the first one,
     finished, with the output of all."""
+    from torch.distributed import TCPStore  # here, since the process that hands out the tests needs no torch
     store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     started = [Script(command(script, *args)[1:], environment(**rank_environment(r, processes, store.port)))
                for r in range(processes)]
@@ -125,6 +125,11 @@ torch.nn.utils.clip_grad_norm_ = _clip_with_accident
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """What compiles takes longest, and comes first: no core waits for it at the end."""
+    items.sort(key=lambda item: 'compile' not in item.name)
+
+
 @pytest.fixture
 def traced(tmp_path, monkeypatch):
     """A settings file, and this process, in which torch.compile traces as always and leaves out the code generation, which
@@ -135,6 +140,7 @@ import torch
 _compile = torch.compile
 torch.compile = lambda function, **options: _compile(function, **options, backend='aot_eager')
 """)
+    import torch
     monkeypatch.setattr(torch, 'compile', torch.compile)  # undone after the test
     runpy.run_path(str(path))
     return path

@@ -18,13 +18,11 @@ import tempfile
 import termios
 import time
 import traceback
+import weakref
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-
-import torch
-from torch.distributed import TCPStore
 
 from data.errors import UserError
 
@@ -86,6 +84,7 @@ def pipe():
 def run_script(args, env, executable, cwd, *streams):
     """What `executable *args` does, in a session of its own, with this environment. streams: its stdin, which may be left
     out, stdout, and stderr."""
+    forget_exit_handlers()
     os.setsid()
     for number, stream in enumerate(streams, start=3 - len(streams)):
         os.dup2(stream.fileno(), number)
@@ -98,6 +97,7 @@ def run_script(args, env, executable, cwd, *streams):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    import torch
     torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     for name in [name for name in sys.modules if name.partition('.')[0] in OURS]:
         del sys.modules[name]  # they read the environment
@@ -116,6 +116,14 @@ def run_script(args, env, executable, cwd, *streams):
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()
+
+
+def forget_exit_handlers():
+    """Those of the imported libraries, which take a tenth of a second. What the script registers will run."""
+    atexit._clear()
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.detach()
+    atexit.register(weakref.finalize._exitfunc)
 
 
 @functools.cache
@@ -183,6 +191,7 @@ def on_processes(world_size, function, *args, timeout=60, init=True, missing=(),
 
     init: join the others first, with timeout as dist_timeout. stderr: a file for what they print there.
     """
+    from torch.distributed import TCPStore
     store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     there = [r for r in range(world_size) if r not in missing]
     pipes = {r: context.Pipe(duplex=False) for r in there}
@@ -207,6 +216,7 @@ def work(rank, world_size, port, pipe, timeout, init, stderr, function, args):
     if stderr:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.environ |= rank_environment(rank, world_size, port)
+    import torch
     torch.set_num_threads(1)
     from common import distributed
     distributed.rank, distributed.local_rank, distributed.world_size = rank, rank, world_size
