@@ -258,14 +258,14 @@ def test_the_first_losses_by_hand(train, chat, tmp_path):
 
 
 def test_it_compiles(train, tmp_path, traced):
-    eager, compiled = (train(name, '--max_iters=3', '--eval_interval=3', f'--compile={name == "compiled"}', '--position=rope')
+    eager, compiled = (train(name, '--max_iters=3', '--eval_interval=3', f'--compile={name == "compiled"}', '--position=rope', '--n_layer=1')
                        for name in ('eager', 'compiled'))
     assert list(losses(tmp_path / 'compiled').values()) == pytest.approx(list(losses(tmp_path / 'eager').values()), rel=1e-4)
 
 
 def test_flex_attention_compiles(traced, on_cpu):
     """As on a GPU: both what makes the mask and the model that reads it, for masks that change."""
-    model = GPT(GPTConfig(block_size=128, vocab_size=259, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(block_size=128, vocab_size=259, n_layer=1, n_head=2, n_embd=32))
     create, graphs = torch.compile(create_block_mask), []
     forward = torch.compile(model.forward, fullgraph=True)
     for seed in range(3):

@@ -30,7 +30,7 @@ def write(path, rows):
 def dpo(inside, tmp_path):
     """dpo(out_dir, *args, processes=0): run dpo.py, tiny, from one model of bytes+chatml."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=64, vocab_size=CHAT.vocab_size, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(block_size=64, vocab_size=CHAT.vocab_size, n_layer=1, n_head=2, n_embd=32))
     torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
     torch.save({'model': model.state_dict(), 'model_args': asdict(model.config), 'tokenizer': CHAT.name}, tmp_path / 'base.pt')
     train, val = write(tmp_path / 'train.jsonl', ROWS[:16]), write(tmp_path / 'val.jsonl', ROWS[16:])

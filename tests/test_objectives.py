@@ -127,7 +127,7 @@ def test_a_model_learns_its_teachers_distribution(dataset, tmp_path, traced):
     ends where one that ran through does, and two processes compute the same."""
     teacher = write_teacher(tmp_path / 'teacher.pt')
     settings = [f'--teacher={tmp_path}/teacher.pt', '--teacher_weight=1.0', '--teacher_temperature=2.0',
-                '--learning_rate=1e-2', '--dropout=0.1', '--keep_checkpoints=2']
+                '--learning_rate=1e-2', '--dropout=0.1', '--keep_checkpoints=2', '--n_layer=1']
     run_here(*tiny(dataset, tmp_path / 'one', *settings))
     one = losses(tmp_path / 'one')
     assert one[20] < 0.9 * one[1]
@@ -257,6 +257,6 @@ def test_masks_that_fit_nothing_are_refused(dataset, tmp_path, settings, line):
 
 
 def test_two_processes_train_a_masked_model_compiled(dataset, tmp_path, traced):
-    run_ranks(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--compile=True', '--learning_rate=1e-2'),
+    run_ranks(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--n_layer=1', '--compile=True', '--learning_rate=1e-2'),
               processes=2)
     assert len(losses(tmp_path)) == 12 and losses(tmp_path)[12] < losses(tmp_path)[1] - 0.2
