@@ -16,7 +16,6 @@ first.
 """
 import ast
 import difflib
-import math
 import os.path
 import re
 import runpy
@@ -26,55 +25,11 @@ import textwrap
 import tokenize
 import traceback
 
+from common.settings import check_ranges
 from data.errors import UserError
 
 BOOLS = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
 TYPES = {bool: 'True or False', int: 'an int', float: 'a float', str: 'a string'}
-
-# The values that a setting may have, by its name, in every script: (lowest, highest, names), both included. A setting's
-# default is always allowed, since a 0 often stands for something else.
-TINY, HUGE = 5e-324, sys.float_info.max  # the bounds of an open interval: above 0, below infinity
-RANGES = (
-    (1, 2**31 - 1, 'batch_size block_size max_iters eval_interval eval_iters log_interval max_bad_steps replicas '
-                   'n_layer n_head n_embd num_samples max_new_tokens stride gpus keep_last vocab_size jobs'),
-    (0, 2**31 - 1, 'warmup_iters lr_decay_iters gradient_accumulation_steps keep_checkpoints hellaswag_interval '
-                   'hellaswag_limit sample_interval n_kv_head n_mlp head_size num_proc limit batch_tokens top_k '
-                   'step characters processes lora_rank'),
-    (1, 2**62, 'total_batch_size eval_tokens shard_size'),
-    (0, 2**62, 'max_tokens'),
-    (0, 2**63 - 1, 'seed'),
-    (0, HUGE, 'learning_rate min_lr weight_decay grad_clip skip_spikes softcap gpu_hour_price temperature '
-              'lora_alpha'),
-    (TINY, HUGE, 'beta rope_theta norm_eps adam_eps repetition_penalty dist_timeout teacher_temperature'),
-    (0, 1 - 2**-53, 'dropout beta1 beta2'),
-    (TINY, 1, 'wsd_decay mfu top_p'),
-    (0, 1, 'min_p teacher_weight'),
-)
-CHOICES = {'lr_schedule': ('cosine', 'linear', 'wsd'), 'parallel': ('ddp', 'zero1', 'fsdp'),
-           'optimizer': ('adamw', 'muon'), 'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
-           'objective': ('next_token', 'mlm'), 'loss': ('dpo', 'ipo'),
-           'kind': ('bpe', 'wordpiece', 'unigram')}
-SCALING = 'rope_factor rope_original_context rope_low_freq_factor rope_high_freq_factor rope_attention_factor'
-# Settings of train.py and dpo.py, when a run does not use them, and why
-UNUSED = (
-    ('warmup_iters lr_decay_iters min_lr lr_schedule wsd_decay', lambda c: not c.get('decay_lr', True),
-     'decay_lr is False'),
-    ('wsd_decay', lambda c: c['decay_lr'] and c['lr_schedule'] != 'wsd', 'lr_schedule is {lr_schedule}'),
-    ('teacher_weight teacher_temperature', lambda c: not c['teacher'], 'there is no teacher'),
-    ('lora_alpha', lambda c: not c['lora_rank'], 'lora_rank is 0'),
-    (f'rope_theta {SCALING}', lambda c: c['init_from'] == 'scratch' and c['position'] != 'rope',
-     'position is {position}'),
-    (SCALING, lambda c: c['init_from'] == 'scratch' and c['position'] == 'rope' and c['rope_type'] == 'default',
-     'rope_type is default'),
-    ('zero_init', lambda c: not c['init_from'].startswith(('scratch', 'auto', 'resume')),
-     'the weights come from {init_from}'),
-    ('keep_checkpoints always_save_checkpoint', lambda c: c.get('eval_only'), 'eval_only is True'),
-    ('backend dist_timeout', lambda c: c['processes'] == 1, 'there is one process'),
-    ('hellaswag_limit hellaswag_data', lambda c: not c['hellaswag_interval'], 'hellaswag_interval is 0'),
-    ('wandb_project', lambda c: not uses_wandb(c), 'wandb_log is False'),
-    ('wandb_run_name', lambda c: not uses_wandb(c) and given['wandb_run_name'][0] == '-',  # each config file has one
-     'wandb_log is False'),
-)
 PATHS = ('out_dir', 'init_from', 'teacher', 'dataset', 'hellaswag_data', 'data', 'out', 'prompts', 'folder', 'input',
          'data_files', 'pairs', 'val_pairs', 'html', 'fit')
 
@@ -124,36 +79,6 @@ def note_given(places):
     for key, place in places.items():
         given.pop(key, None)  # the last one given comes last
         given[key] = place
-
-def check_ranges(config, defaults):
-    """Raise UserError for the first value that is outside RANGES or CHOICES, or contradicts another."""
-    ranges = {name: (low, high) for low, high, names in RANGES for name in names.split()}
-    for name, value in config.items():
-        low, high = ranges.get(name, (-math.inf, math.inf))
-        if value != defaults[name] and type(value) in (int, float) and not low <= value <= high:
-            bounds = ['above 0' if low == TINY else f'at least {low}'] * (low > -math.inf)
-            bounds += ['finite' if high == HUGE else 'below 1' if high == 1 - 2**-53 else f'at most {high}']
-            default = f', or {defaults[name]}, its default' * (not low <= defaults[name] <= high)
-            raise UserError(f'{name}={value} must be {" and ".join(bounds)}{default}')
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f'{name}={value} is not one of {", ".join(CHOICES[name])}')
-    if config.get('objective') == 'mlm' and (config['hellaswag_interval'] or config['sample_interval']):
-        raise UserError('objective=mlm continues no text: --hellaswag_interval=0 --sample_interval=0')
-    if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
-        raise UserError(f'min_lr={config["min_lr"]} must be at most learning_rate={config["learning_rate"]}')
-
-def uses_wandb(config):
-    return config['wandb_log'] or 'wandb' in config['log_to']
-
-def unused(config):
-    """Lines on the settings that were given and have no effect. config: train.py's or dpo.py's, and 'processes'."""
-    for names, without, reason in UNUSED:
-        names = [name for name in names.split() if name in given]
-        if names and without(config):
-            yield f'not used: {", ".join(names)} ({reason.format(**config)})'
-    if config.get('decay_lr', True) and config['warmup_iters'] > config['max_iters']:
-        yield f'warmup_iters={config["warmup_iters"]} is longer than the run (max_iters={config["max_iters"]}), ' \
-              'which ends before the learning rate is at its peak'
 
 def settings_of(file):
     """{name: value} of the settings that a script assigns, as literals, before it calls configure()."""

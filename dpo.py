@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from configurator import UserError, configure, given, unused
+from configurator import UserError, configure, given
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from common import checkpoint, distributed, files, log, lora, objectives, optimizers
 from common.device import autocast, pick_compile, pick_dtype
 from common.distributed import print0
+from common.settings import unused
 from data.pairs import collate, read_pairs, shuffled
 from data.tokenizer import get_tokenizer, to_record
 
@@ -82,7 +83,7 @@ torch.manual_seed(seed)
 if gradient_accumulation_steps % processes or not gradient_accumulation_steps:
     raise UserError(f'gradient_accumulation_steps={gradient_accumulation_steps} is not a multiple of the {processes} '
                     'processes, or is 0')
-for line in unused(config | {'processes': processes}):
+for line in unused(config, given, processes):
     print0(line)
 accumulation_steps = gradient_accumulation_steps // processes
 pairs_per_step = batch_size * gradient_accumulation_steps

@@ -18,6 +18,7 @@ import torch
 from common import distributed, laws
 from common.device import GPUS
 from common.optimizers import configure_optimizers, muon_memory
+from common.settings import divide_step
 from data.dataset import Split
 from data.loader import parse_mixture
 from model import GPT, GPTConfig
@@ -128,7 +129,7 @@ def report(config):
     configure_optimizers(model, config['optimizer'], 0.0, 0.0, (0.9, 0.95))  # raises if they do not fit together
     n = model.get_num_params(non_embedding=False)
     non_embedding = sum(p.numel() for p in model.transformer.h.parameters())
-    steps, config['batch_size'], note = distributed.divide_step(config, given, gpus)
+    steps, config['batch_size'], note = divide_step(config, given, gpus)
     step = steps * config['batch_size'] * config['block_size'] * gpus
     tokens = step * config['max_iters']
     flops = model.flops_per_token() * tokens

@@ -32,6 +32,7 @@ import hellaswag
 import plan
 from common import checkpoint, convert, distributed, log
 from common.device import pick_device, pick_dtype
+from common.settings import divide_step
 from data.dataset import Split
 from data.loader import Loader, parse_mixture
 from data.tokenizer import get_tokenizer
@@ -84,7 +85,7 @@ def device_for(config, processes):
 def check_settings(config, processes):
     """(tokens in a step, text)"""
     device = pick_device(device_for(config, processes))
-    steps, batch_size, note = distributed.divide_step(config, given, processes)
+    steps, batch_size, note = divide_step(config, given, processes)
     text = (f'{processes} x {steps} micro-batches of {batch_size} x {config["block_size"]} tokens, {device}, '
             f'{pick_dtype(config["dtype"], device)}' + f' ({note})' * bool(note))
     return steps * batch_size * config['block_size'] * processes, text

@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import asdict
 from datetime import timedelta
 
-from configurator import UserError, configure, given, unused
+from configurator import UserError, configure, given
 
 import torch
 
@@ -26,6 +26,7 @@ import hellaswag
 from common import checkpoint, distributed, files, log, objectives, optimizers
 from common.device import autocast, fetch, peak_flops, pick_compile, pick_dtype
 from common.distributed import print0
+from common.settings import divide_step, eval_size, unused
 from data.loader import Loader
 from data.tokenizer import get_tokenizer, to_record
 from plot import redraw
@@ -137,10 +138,10 @@ torch.set_float32_matmul_precision('high')  # TF32 where a GPU has it
 torch.manual_seed(seed)
 
 lr_decay_iters = lr_decay_iters or max_iters
-accumulation_steps, batch_size, note = distributed.divide_step(config, given, distributed.world_size)
+accumulation_steps, batch_size, note = divide_step(config, given, distributed.world_size)
 tokens_per_step = accumulation_steps * batch_size * block_size * distributed.world_size
-eval_tokens, eval_note = distributed.eval_size(config, given)
-for line in filter(None, (*unused(config | {'processes': distributed.world_size}), note, eval_note)):
+eval_tokens, eval_note = eval_size(config, given)
+for line in filter(None, (*unused(config, given, distributed.world_size), note, eval_note)):
     print0(line)
 
 # -----------------------------------------------------------------------------

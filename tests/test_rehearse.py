@@ -200,7 +200,7 @@ def test_a_narrow_model_keeps_the_kind(settings, data):
     assert new.head_size == gpt.head_size and (new.n_kv_head < new.n_head) == (gpt.n_kv_head < gpt.n_head > 1)
     assert new.n_head <= 2 and new.n_layer <= 2 and new.block_size == 256 and GPT(new)
     assert new.n_mlp / new.n_embd == pytest.approx(gpt.n_mlp / gpt.n_embd, rel=0.01)
-    rehearse.distributed.divide_step(small, rehearse.given, 2)
+    rehearse.divide_step(small, rehearse.given, 2)
     assert {name for name in small if small[name] != config[name]} <= known | {
         'init_from', 'out_dir', 'batch_size', 'total_batch_size', 'eval_interval', 'eval_tokens', 'sample_interval',
         'hellaswag_interval', 'hellaswag_limit', 'device'}

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from common import distributed
+from common.settings import divide_step
 from configurator import settings_of
 from conftest import ROOT, read_log
 from data.errors import UserError
@@ -62,7 +63,7 @@ STEP = dict(batch_size=16, block_size=128, total_batch_size=2048, gradient_accum
     ({'total_batch_size': 4096, 'gradient_accumulation_steps': 6}, 1, (6, 16), 'replaces total_batch_size=4096'),
     ({'batch_size': 12}, 1, (1, 12), 'total_batch_size=1536 instead of 2048')])
 def test_how_a_step_is_divided(given, processes, expected, words):
-    *result, note = distributed.divide_step(STEP | given, given, processes)
+    *result, note = divide_step(STEP | given, given, processes)
     assert tuple(result) == expected and (words in note if words else note == '')
 
 
@@ -71,7 +72,7 @@ def test_how_a_step_is_divided(given, processes, expected, words):
     ({'total_batch_size': 5000}, 'the nearest are 4096 or 8192')])
 def test_a_step_that_two_processes_cannot_divide(given, words):
     with pytest.raises(UserError, match=words):
-        distributed.divide_step(STEP | given, given, 2)
+        divide_step(STEP | given, given, 2)
 
 
 # -----------------------------------------------------------------------------
