@@ -299,14 +299,15 @@ def finish_step(step, lr, numbers, data_s):
     bad_steps, skipped = (bad_steps + 1 if skip else 0), skipped + int(skip)
     finished, before = time.perf_counter(), finished
     seconds = finished - before
-    durations.append(seconds)
+    if step > first + 1 or not compiled:  # the first step compiles
+        durations.append(seconds)
     entry = {'step': step, 'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'ms': seconds * 1e3,
              'tokens_per_s': tokens_per_step / seconds, 'skipped': skipped, 'data_ms': data_s * 1e3,
              'mfu': model.flops_per_token() * tokens_per_step / seconds / peak}
     if 'cuda' in device:
         entry['peak_gb'] = torch.cuda.max_memory_allocated(device) / 1e9
     if step % log_interval == 0 or step == max_iters or skip:
-        left = timedelta(seconds=round((max_iters - step) * statistics.median(durations)))
+        left = timedelta(seconds=round((max_iters - step) * statistics.median(durations))) if durations else '?'
         print0(log.step_line(entry, max_iters, left, f'skipped ({skipped} so far)' if skip else ''))
         write_log(entry)
     if bad_steps == max_bad_steps:

@@ -252,6 +252,7 @@ def test_everything_that_scores_works_compiled(dataset, tmp_path, traced, layout
                 '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',
                 '--sample_interval=4', '--profile')
     process = run_ranks(*args, processes=processes) if processes else run(*args)
+    assert re.findall(r'^step (\d)/8 .* \? left$', process.out, re.MULTILINE) == ['1']  # it compiled
     assert ' compiled' in process.out and process.out.count('hellaswag') == 3 and process.out.count('  > ') == 6
     final = read_log(out_dir)[-1]
     assert final['hellaswag'] in (0, 1)  # the three items are one
