@@ -33,8 +33,8 @@ def has_gpt2():
 
 needs_gpt2 = pytest.mark.skipif(not has_gpt2(), reason='no GPT-2 vocabulary here, and no network to fetch it')
 
-# a tiny GPT on the CPU in float32, 512 tokens a step
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=512',
+# a tiny GPT on the CPU in float32, two micro-batches a step
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4', '--total_batch_size=256',
         '--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_iters=2', '--max_iters=20', '--eval_interval=10',
         '--eval_iters=4', '--hellaswag_interval=0', '--sample_interval=0', '--curves=False', '--device=cpu', '--dtype=float32', '--compile=False']
 

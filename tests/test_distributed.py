@@ -28,7 +28,7 @@ LAYOUTS = {  # name: (processes, settings)
 
 
 def tiny(dataset, out_dir, *args):
-    return 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *args
+    return 'train.py', *TINY, '--total_batch_size=512', f'--dataset={dataset}', f'--out_dir={out_dir}', *args
 
 
 def run_here(script, *args):

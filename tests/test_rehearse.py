@@ -64,7 +64,7 @@ def marks(found, mark):
 def test_a_sound_run_passes(rows):
     found = rows()
     assert not marks(found, 'FAIL') and not marks(found, '-')
-    assert found['settings'][1].startswith('1 x 4 micro-batches of 4 x 32 tokens, cpu')
+    assert found['settings'][1].startswith('1 x 2 micro-batches of 4 x 32 tokens, cpu')
     assert '26,960 tokens, and the run reads 10,240; 3,000 to validate on' in found['data'][1], found['data']
 
 

@@ -32,7 +32,7 @@ def test_a_run_learns_and_leaves_a_log_and_a_checkpoint(dataset, tmp_path):
     assert [int(step) for step, *_ in steps] == list(range(1, 61))
     assert len(re.findall(r"^  > ['\"].*['\"]$", out, re.MULTILINE)) == 4  # two samples before the first step, two at the end
     first, *log = [json.loads(line) for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()]
-    assert first['config']['max_iters'] == 60 and first['tokens_per_step'] == 512 and first['parameters'] > 0
+    assert first['config']['max_iters'] == 60 and first['tokens_per_step'] == 256 and first['parameters'] > 0
     assert [entry['step'] for entry in log if 'val_loss' in entry] == [0, 30, 60]
     training = [entry for entry in log if 'loss' in entry]
     assert all({'step', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu'} <= set(entry) for entry in training)
@@ -91,7 +91,7 @@ def test_a_new_run_leaves_an_earlier_one_its_files(dataset, tmp_path):
 
 MISTAKES = {  # arguments: what the one line must say
     '--batch_size=0': 'batch_size',
-    '--batch_size=3': '480 or 576',
+    '--batch_size=3': '192 or 288',
     '--gradient_accumulation_steps=-1': 'gradient_accumulation_steps',
     '--max_iters=0': 'max_iters',
     '--eval_interval=0': 'eval_interval',
@@ -217,7 +217,7 @@ def test_slow_steps_and_a_missing_network_are_said(dataset, tmp_path, inside, mo
     settings = [setting for setting in TINY if 'hellaswag' not in setting]
     arguments = 'train.py', *settings, f'--dataset={dataset}', '--max_iters=1', '--backend=gloo', f'--out_dir={tmp_path}/out'
     out = inside(*arguments)
-    assert re.search(r'a step takes about .* 4 micro-batches of 4 x 32 tokens; a smaller total_batch_size', out)
+    assert re.search(r'a step takes about .* 2 micro-batches of 4 x 32 tokens; a smaller total_batch_size', out)
     assert 'HellaSwag is not scored: http://127.0.0.1:9/items.jsonl could not be fetched' in out
     assert '--hellaswag_interval=0 turns it off' in out
     assert 'not used: backend (there is one process)' in out
