@@ -65,7 +65,7 @@ def test_a_sound_run_passes(rows):
     found = rows()
     assert not marks(found, 'FAIL') and not marks(found, '-')
     assert found['settings'][1].startswith('1 x 2 micro-batches of 4 x 32 tokens, cpu')
-    assert '26,960 tokens, and the run reads 10,240; 3,000 to validate on' in found['data'][1], found['data']
+    assert '26,960 tokens, and the run reads 5,120; 3,000 to validate on' in found['data'][1], found['data']
 
 
 def test_a_missing_dataset_and_what_depends_on_it(rows):
