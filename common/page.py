@@ -14,7 +14,7 @@ import numpy as np
 
 from data import atomic
 from data.errors import UserError
-from data.tokenizer import merges
+from data.tokenizer import byte_pairs
 
 # the GPTConfig fields that page.html computes with, and the values of those that are strings
 FIELDS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'head_size', 'n_embd', 'n_mlp', 'mlp', 'norm',
@@ -100,8 +100,8 @@ def tables(tokenizer):
     A byte-level tokenizer of another kind needs a line here."""
     if tokenizer.name not in SPLITS:
         raise UserError(f'the page has no tokenizer {tokenizer.name}, only {" and ".join(SPLITS)}')
-    ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}
+    ranks, merges = byte_pairs(tokenizer)
     single = sorted((token for token in ranks if len(token) == 1), key=ranks.get)
-    pairs = np.array([[ranks[part] for part in pair] for pair in merges(ranks)], np.uint32)
+    pairs = np.array([[ranks[part] for part in pair] for pair in merges], np.uint32)
     return {'name': tokenizer.name, 'bytes': base64.b64encode(b''.join(single)).decode(),
             'merges': base64.b64encode(pairs.tobytes()).decode(), 'split': SPLITS[tokenizer.name], 'eot': tokenizer.eot}

@@ -418,9 +418,9 @@ def tokenizer_files(tokenizer, block_size):
     if tokenizer.name not in TOKENIZERS:
         raise UserError(f'the tokenizer {tokenizer.name} has no tokenizer.json here')
     from tokenizers import Tokenizer as Library, decoders, models, pre_tokenizers
-    ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}  # the last id is the end of a text
+    ranks, merges = byte_pairs(tokenizer)
     vocab = {printable(token): i for token, i in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
-    new = Library(models.BPE(vocab, [(printable(a), printable(b)) for a, b in merges(ranks)]))
+    new = Library(models.BPE(vocab, [(printable(a), printable(b)) for a, b in merges]))
     new.pre_tokenizer, new.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     new.add_special_tokens([END_OF_TEXT])
     return {'tokenizer.json': json.loads(new.to_str()),
@@ -458,12 +458,16 @@ unseen = iter(range(256, 512))
 VISIBLE = [c or chr(next(unseen)) for c in VISIBLE]  # the others, in order, are the characters from 256 on
 
 
-def merges(ranks):
-    """The two parts that each longer token was merged from: what byte pair encoding makes of its bytes when the
-    token itself is the only one left to merge."""
+@functools.cache
+def byte_pairs(tokenizer):
+    """({token: id}, [(left, right)]) of gpt2 or bytes: each token's bytes, and the two parts that each longer one was
+    merged from: what byte pair encoding makes of its bytes when the token itself is the only one left to merge."""
+    ranks = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.eot)}  # the last id is the end of a text
+    merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        yield parts
+        merges.append(parts)
+    return ranks, merges

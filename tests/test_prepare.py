@@ -201,7 +201,7 @@ def test_killed_with_other_sources(tmp_path, source, cleaning):
 
 
 def test_workers_die_with_their_parent(tmp_path):
-    texts = [' '.join(f'word{i * j % 977}' for j in range(300)) for i in range(20_000)]
+    texts = [' '.join(f'word{i * j % 977}' for j in range(300)) for i in range(6_000)]
     write_jsonl(tmp_path / 'a.jsonl', texts)
     process = start('prepare_fineweb.py', f'--out_dir={tmp_path}/out', f'--data_files={tmp_path}/a.jsonl', '--clean',
                     '--tokenizer=bytes', '--num_proc=2', '--shard_size=100_000')
