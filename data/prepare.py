@@ -116,7 +116,9 @@ def write_shards(out_dir, corpora, state, eot, work, num_proc, total, check_inte
                 if seen:
                     tokens, counts['duplicate'] = seen.drop(tokens, eot, keys, resume['counts']['in'])
                 at = resume['skip']  # after a restart, these are in the shards already
-                tokens = tokens[:at + max_tokens - written] if max_tokens else tokens
+                if max_tokens and len(tokens) > (end := at + max_tokens - written):
+                    counts['beyond_max_tokens'] = int(np.count_nonzero(tokens[end:] == eot))
+                    tokens = tokens[:end]
                 while at < len(tokens):
                     if shard.tokens == shard_size:
                         close_shard()

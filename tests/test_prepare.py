@@ -105,6 +105,9 @@ def test_small_text_gives_a_tenth_to_validation_and_max_tokens_is_exact(tmp_path
     prepare(tmp_path / 'out', f'--data_files={tmp_path}/a.jsonl', '--max_tokens=1001')
     assert len(stream(tmp_path / 'out', 'val')) == 101
     assert (stream(tmp_path / 'out', 'val', 'train') == BYTES.encode_documents(TEXTS)[:1001]).all()
+    meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    documents = sum(shard['documents'] for shard in meta['shards'])
+    assert meta['documents']['beyond_max_tokens'] == len(TEXTS) - documents > 0
     prepare(tmp_path / 'one', f'--data_files={tmp_path}/a.jsonl', '--max_tokens=500', '--shard_size=500')
     assert len(stream(tmp_path / 'one', 'val')) == 50       # a single whole shard leaves something to train on
 
