@@ -120,7 +120,8 @@ def test_shards_that_do_not_fit_leave_the_checkpoint_before(dataset, tmp_path):
 
 def test_bfloat16_blocks_train_as_autocast_does(dataset, tmp_path):
     for layout in 'ddp', 'fsdp':
-        run_ranks(*tiny(dataset, tmp_path / layout, '--dtype=bfloat16', '--position=rope', f'--parallel={layout}'), processes=2)
+        run_ranks(*tiny(dataset, tmp_path / layout, '--dtype=bfloat16', '--position=rope', '--total_batch_size=256',
+                        f'--parallel={layout}'), processes=2)
     ddp, fsdp = losses(tmp_path / 'ddp'), losses(tmp_path / 'fsdp')
     assert all(abs(ddp[step] - fsdp[step]) < 1e-2 for step in ddp) and ddp != fsdp
 

@@ -73,7 +73,7 @@ def test_another_number_of_processes_goes_on_with_the_same_data(dataset, tmp_pat
 
 def test_twenty_kills_end_where_no_kill_ends(dataset, tmp_path):
     args = ['--max_iters=100', '--eval_interval=3', '--eval_iters=1', '--dropout=0.1', '--keep_checkpoints=2',
-            '--log_interval=1', '--total_batch_size=256']
+            '--log_interval=1', '--n_layer=1']
 
     def train(out_dir, kill_after=0, delay=0.0):
         """Run to the end, or kill after some steps and seconds. Returns the finished process."""
