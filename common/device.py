@@ -102,7 +102,7 @@ def peak_flops(dtype, device):
     for gpu, (flops, _) in GPUS.items():
         if re.search(rf'\b{gpu}\b', name) and dtype != 'float32':  # an A10G is no A10
             return flops
-    n = 4096 if 'cuda' in device else 768
+    n = 768 if device == 'cpu' else 4096
     if device == 'cpu' and dtype == 'float16':
         dtype = 'float32'  # float16 is emulated there
     a, b = (torch.randn(n, n, device=device, dtype=DTYPES[dtype]) for _ in range(2))

@@ -126,7 +126,7 @@ torch.nn.utils.clip_grad_norm_ = _clip_with_accident
 
 
 def pytest_collection_modifyitems(items):
-    """What compiles takes longest, and comes first: no core waits for it at the end."""
+    """Run the compiled tests first: they are the slowest, and at the end one of them would leave a core idle."""
     items.sort(key=lambda item: 'compile' not in item.name)
 
 

@@ -257,6 +257,6 @@ def test_masks_that_fit_nothing_are_refused(dataset, tmp_path, settings, line):
 
 
 def test_two_processes_train_a_masked_model_compiled(dataset, tmp_path, traced):
-    run_ranks(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--n_layer=1', '--compile=True', '--learning_rate=1e-2'),
-              processes=2)
+    run_ranks(*tiny(dataset, tmp_path, traced, '--objective=mlm', '--max_iters=12', '--n_layer=1', '--compile=True',
+                    '--learning_rate=1e-2'), processes=2)
     assert len(losses(tmp_path)) == 12 and losses(tmp_path)[12] < losses(tmp_path)[1] - 0.2

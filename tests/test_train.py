@@ -239,16 +239,15 @@ def test_a_process_alone_ends_in_one_line_and_a_status(dataset, tmp_path):
 
 
 @pytest.mark.parametrize('layout, processes', [('ddp', 0), ('ddp', 2), ('fsdp', 2)])
-def test_everything_that_scores_works_compiled(dataset, tmp_path, traced, layout, processes):
-    """Validation of a mixture, HellaSwag and samples between compiled steps, and a trace of them. Code is generated for ddp
-    alone: for fsdp it takes as long again."""
+def test_everything_that_scores_works_compiled(dataset, tmp_path, layout, processes):
+    """Validation of a mixture, HellaSwag and samples between compiled steps, and a trace of them."""
     items = tmp_path / 'items.jsonl'
     item = {'ctx': 'import', 'label': 2, 'endings': ['os', 'path as p', 'sys', 'the']}
     items.write_text(f'{json.dumps(item)}\n' * 3)
     other = shutil.copytree(dataset, tmp_path / 'other')
     out_dir = tmp_path / 'out'
     args = tiny(dataset, out_dir, f'--dataset={dataset}:3,{other}:1', '--compile=True', f'--parallel={layout}', '--n_layer=1',
-                *['--activation_checkpointing', traced] * (layout == 'fsdp'),
+                *['--activation_checkpointing'] * (layout == 'fsdp'),
                 '--max_iters=8', '--eval_interval=4', '--hellaswag_interval=4', f'--hellaswag_data={items}',
                 '--sample_interval=4', '--profile')
     process = run_ranks(*args, processes=processes) if processes else run(*args)
